@@ -1,0 +1,124 @@
+"""Commands by discovery: every file of this folder without a leading underscore registers its own by `@command`.
+
+A command's function declares what only a shell needs (where to print, how); `**options` stands for the parameters
+of the library function it calls, which are read from that function's signature and docstring.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from ._signature import Parameter, parameters
+
+
+@dataclass(frozen=True)
+class Command:
+    """A registered command: its name, the function that runs it, the library function whose options it has."""
+
+    name: str
+    function: Callable[..., int | None]
+    calls: str | None
+    hide: tuple[str, ...]
+    resume: str
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(
+    calls: str | None = None, *, name: str | None = None, hide: tuple[str, ...] = (), resume: str = ""
+) -> Callable:
+    """Register a function of `cli/<file>.py` as a command.
+
+    Parameters
+    ----------
+    calls : library function behind it, for example "store.embed.embed"; where the decorated function takes
+        `**options`, every parameter of it that a shell can write becomes an option (`--batch-size` for
+        `batch_size`) and arrives there if the user gave it
+    name : name on the command line (default: the function's)
+    hide : parameters of the library function that get no option
+    resume : what to tell a user who stops it with Ctrl-C
+    """
+
+    def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
+        title = name or function.__name__.strip("_").replace("_", "-")
+        COMMANDS[title] = Command(title, function, calls, hide, resume)
+        return function
+
+    return register
+
+
+def discover() -> dict[str, Command]:
+    """Import every command file beside this one and return the commands by name."""
+    for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        if file.stem != "main":
+            importlib.import_module(f"{__package__}.{file.stem}")
+    return dict(sorted(COMMANDS.items()))
+
+
+def runner(entry: Command) -> Callable[..., int | None]:
+    """Return what typer reads: the command's own parameters, then those of the library function it calls."""
+    own = inspect.signature(entry.function)
+    hints = typing.get_type_hints(entry.function, include_extras=True)
+    library = parameters(entry.calls) if entry.calls else {}
+    named = [p for p in own.parameters.values() if p.kind != p.VAR_KEYWORD]
+    shown = [p.replace(annotation=_with_help(hints[p.name], p, library)) for p in named]
+    if len(named) < len(own.parameters):
+        taken = {p.name for p in shown} | set(entry.hide)
+        shown += [_option(p) for p in library.values() if p.type is not None and p.name not in taken]
+
+    @functools.wraps(entry.function)
+    def run(**given: Any) -> int | None:
+        # an option that was not given is not passed on: the library's own default holds
+        derived = {k: v for k, v in given.items() if k not in own.parameters and v is not None}
+        return entry.function(**{k: v for k, v in given.items() if k in own.parameters}, **derived)
+
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in shown}
+    del run.__wrapped__  # type: ignore[attr-defined]
+    return run
+
+
+def listed(entry: Command) -> Callable[..., None]:
+    """Return what the list of commands needs: the name and the first line of the help."""
+
+    def bare() -> None: ...
+
+    bare.__doc__ = entry.function.__doc__
+    return bare
+
+
+def _with_help(annotation: Any, parameter: inspect.Parameter, library: dict[str, Parameter]) -> Any:
+    """Give a command's own parameter the library's help where it has none of its own."""
+    text = library[parameter.name].help if parameter.name in library else ""
+    kind, *extra = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    if extra:
+        if not extra[0].help:
+            extra[0].help = text
+        return annotation
+    make = typer.Argument if parameter.default is parameter.empty else typer.Option
+    return Annotated[kind, make(help=text)]
+
+
+def _option(parameter: Parameter) -> inspect.Parameter:
+    kind = parameter.type
+    flag = "--" + parameter.name.strip("_").replace("_", "-")
+    names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
+    if get_origin(kind) is Literal and not all(isinstance(v, str) for v in get_args(kind)):
+        kind = str
+    option = typer.Option(*names, help=parameter.help, show_default=parameter.default or False)
+    return inspect.Parameter(
+        parameter.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )
