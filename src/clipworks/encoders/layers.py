@@ -1,0 +1,315 @@
+"""The layers of both towers: attention with rules, feed-forward, block, and the loop that runs blocks with seams.
+
+Tensors are batch first and contiguous, (B, N, width). Query, key, value and output are four plain linears, so
+low-rank, singular-value or expert versions are module swaps (`swap`). Attention is the fused kernel; explicit
+weights are computed only where a rule or an attention map asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Union
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import ClipworksError, check_choice, check_range
+from .positions import resize_positions, rotary, stretch_positions
+
+__all__ = ["MLP", "Attention", "Block", "QuickGELU", "TowerOutput", "activation", "layer_index", "resize_positions",
+           "rotary", "run_blocks", "stretch_positions", "swap"]  # fmt: skip
+
+Rule = Union[str, torch.Tensor, Callable[..., torch.Tensor]]
+RULES = ("qk", "vv", "kk", "qq", "identity")
+
+
+@dataclass
+class TowerOutput:
+    """What a tower's `run` returns.
+
+    Attributes
+    ----------
+    pooled : (B, dim), in the joint space, not normalised
+    tokens : (B, N, width), the last block's output: class token, prompts, then patches or words
+    layers : asked layer -> its output (B, N, width); for a ResNet the stage's map (B, channels, h, w)
+    attentions : asked layer -> attention weights (B, heads, N, N)
+    prefix : number of tokens before the patches or words (class or start token and prompts) in `tokens`
+    grid : rows and columns of the patches, None for texts and after dropping patches
+    """
+
+    pooled: torch.Tensor
+    tokens: torch.Tensor
+    layers: dict[int, torch.Tensor] = field(default_factory=dict)
+    attentions: dict[int, torch.Tensor] = field(default_factory=dict)
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+
+    @property
+    def patches(self) -> torch.Tensor:
+        """`tokens` without class token and prompts."""
+        return self.tokens[:, self.prefix :]
+
+    def class_attention(self, layer: int) -> torch.Tensor:
+        """What the first (class) token looks at in a layer asked for: (B, heads, patches)."""
+        check_choice("layer", layer, self.attentions)
+        weights = self.attentions[layer]
+        return weights[:, :, 0, weights.shape[-1] - self.tokens.shape[1] + self.prefix :]
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation that OpenAI's models were trained with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def activation(name: str) -> nn.Module:
+    """The module of an activation's name."""
+    table: dict[str, Callable[[], nn.Module]] = {
+        "quick_gelu": QuickGELU,
+        "gelu": nn.GELU,
+        "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+        "relu": nn.ReLU,
+    }
+    return table[check_choice("activation", name, table)]()
+
+
+class MLP(nn.Module):
+    """Feed-forward part: up, activation, down."""
+
+    def __init__(self, width: int, hidden: int, act: str):
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(width, hidden), activation(act), nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate linears and an exchangeable rule.
+
+    Parameters
+    ----------
+    width, heads : channels of a token, and into how many heads they are split
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k = nn.Linear(width, width), nn.Linear(width, width)
+        self.v, self.out = nn.Linear(width, width), nn.Linear(width, width)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) to (B, heads, N, width / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        causal: bool = False,
+        rule: Rule | None = None,
+        need_map: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from `x` (B, N, width) to `context` (default: itself).
+
+        Parameters
+        ----------
+        mask : bool, broadcastable to (B, heads, N, M); False hides a key from a query
+        causal : hide the keys behind the query as well
+        rule : see `attention_weights`; None is "qk"
+        need_map : also return the weights; the features are the same either way
+
+        Returns
+        -------
+        (B, N, width), and the weights (B, heads, N, M) or None
+        """
+        context = x if context is None else context
+        q, k, v = self.split(self.q(x)), self.split(self.k(context)), self.split(self.v(context))
+        usual = rule is None or (isinstance(rule, str) and rule == "qk")
+        if causal and (mask is not None or need_map or not usual):
+            seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            # a token always sees itself, so that no row is empty
+            mask = seen if mask is None else (seen & mask) | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            causal = False
+        weights = attention_weights(rule or "qk", q, k, v, mask) if need_map or not usual else None
+        if usual or weights is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        else:
+            y = weights.to(v.dtype) @ v
+        return self.out(y.transpose(1, 2).flatten(2)), weights if need_map else None
+
+
+def attention_weights(
+    rule: Rule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weights of a rule, in float32.
+
+    Parameters
+    ----------
+    rule : "qk" (the trained one), "vv", "kk", "qq" (softmax of a projection with itself), sums of these such as
+        "qq+kk", "identity" (every token sees itself), "mixed:a" ((1 - a) qk + a vv, a in [0, 1]), an affinity
+        tensor (N, N), (B, N, N) or (B, heads, N, N) used as it is, or a function of (q, k, v, mask) that returns
+        the weights
+    q, k, v : (B, heads, N, channels), not scaled
+    mask : bool, broadcastable to (B, heads, N, N); False hides a key. Not applied to affinities and "identity".
+
+    Returns
+    -------
+    (B, heads, N, N)
+    """
+    n = q.shape[-2]
+    if isinstance(rule, torch.Tensor):
+        weights = rule if rule.ndim in (2, 4) else rule[:, None]
+        if rule.ndim not in (2, 3, 4) or weights.shape[-2:] != (n, k.shape[-2]):
+            raise ClipworksError(
+                f"attention must be an affinity of shape ({n}, {n}), (B, {n}, {n}) or (B, heads, {n}, {n}) for "
+                f"{n} tokens, class token and prompts included. Got shape {tuple(rule.shape)}."
+            )
+        return weights.to(q.device, torch.float32).expand(*q.shape[:2], -1, -1)
+    if callable(rule):
+        return rule(q, k, v, mask)
+    if rule.startswith("mixed:"):
+        share = mixed_share(rule)
+        return (1 - share) * attention_weights("qk", q, k, v, mask) + share * attention_weights("vv", q, k, v, mask)
+    total = None
+    for name in rule.split("+"):
+        check_choice("attention", name, RULES)
+        if name == "identity":
+            part = torch.eye(n, device=q.device).expand(*q.shape[:2], -1, -1)
+        else:
+            left, right = ({"q": q, "k": k, "v": v}[letter] for letter in name)
+            logits = left.float() @ right.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+            part = (logits if mask is None else logits.masked_fill(~mask, -torch.inf)).softmax(-1)
+        total = part if total is None else total + part
+    return total
+
+
+def mixed_share(rule: str) -> float:
+    """The number in "mixed:a"."""
+    try:
+        share = float(rule.split(":", 1)[1])
+    except ValueError:
+        raise ClipworksError(f"attention 'mixed:a' needs a number a in [0, 1]. Got {rule!r}.") from None
+    return check_range("attention 'mixed:a'", share, 0, 1)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward with residual sums; norms inside the branches ("pre") or after the sums
+    ("post")."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, act: str, eps: float, order: str = "pre"):
+        super().__init__()
+        self.order = order
+        self.norm1, self.attention = nn.LayerNorm(width, eps), Attention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps), MLP(width, mlp_width, act)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        causal: bool = False,
+        rule: Rule | None = None,
+        need_map: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, N, width) to the same shape, with the attention weights if asked for."""
+        how = {"mask": mask, "causal": causal, "rule": rule, "need_map": need_map}
+        if self.order == "post":
+            y, weights = self.attention(x, **how)
+            x = self.norm1(x + y)
+            return self.norm2(x + self.mlp(x)), weights
+        y, weights = self.attention(self.norm1(x), **how)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), weights
+
+
+def layer_index(argument: str, layer: int, depth: int) -> int:
+    """A layer's number counted from the front; negative ones count from the end."""
+    if not isinstance(layer, int) or not -depth <= layer < depth:
+        raise ClipworksError(f"{argument} must name layers from 0 to {depth - 1} (or -{depth} to -1). Got {layer!r}.")
+    return layer % depth
+
+
+def put_prompts(x: torch.Tensor, prompts: torch.Tensor, head: int, old: int) -> torch.Tensor:
+    """Put prompts (n, width) or (B, n, width) behind the first `head` tokens in place of `old` earlier ones."""
+    if prompts.ndim not in (2, 3) or prompts.shape[-1] != x.shape[-1] or (prompts.ndim == 3 and len(prompts) != len(x)):
+        raise ClipworksError(
+            f"prompts must have the shape (n, {x.shape[-1]}) or ({len(x)}, n, {x.shape[-1]}). Got {tuple(prompts.shape)}."
+        )
+    prompts = prompts.to(x.dtype).expand(len(x), -1, -1)
+    return torch.cat([x[:, :head], prompts, x[:, head + old :]], dim=1)
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    x: torch.Tensor,
+    *,
+    head: int,
+    n_prompts: int = 0,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+    prompts: Mapping[int, torch.Tensor] | None = None,
+    attention: Mapping[int, Rule] | None = None,
+    output_layers: Sequence[int] = (),
+    output_attention: Sequence[int] = (),
+) -> tuple[torch.Tensor, dict[int, torch.Tensor], dict[int, torch.Tensor], int]:
+    """Run the blocks with the seams that both towers share.
+
+    Parameters
+    ----------
+    x : (B, N, width) with `n_prompts` prompts behind the first `head` tokens
+    mask : bool (B, N), True for tokens that others may see
+    prompts : layer -> prompts that this block sees instead of those before it
+    attention : layer -> rule (see `attention_weights`)
+    output_layers, output_attention : layers whose output or weights are kept, under the numbers given here
+
+    Returns
+    -------
+    last output, kept outputs, kept weights, number of prompts in the last output
+    """
+    depth = len(blocks)
+    prompts = {layer_index("prompts", i, depth): p for i, p in (prompts or {}).items()}
+    rules = {layer_index("attention", i, depth): r for i, r in (attention or {}).items()}
+    kept = [(layer_index("output_layers", i, depth), i) for i in output_layers]
+    mapped = [(layer_index("output_attention", i, depth), i) for i in output_attention]
+    layers: dict[int, torch.Tensor] = {}
+    maps: dict[int, torch.Tensor] = {}
+    for number, block in enumerate(blocks):
+        if number in prompts:
+            before, x = x.shape[1], put_prompts(x, prompts[number], head, n_prompts)
+            fresh = n_prompts + x.shape[1] - before
+            if mask is not None:
+                seen = mask.new_ones(len(mask), fresh)
+                mask = torch.cat([mask[:, :head], seen, mask[:, head + n_prompts :]], dim=1)
+            n_prompts = fresh
+        names = [name for i, name in mapped if i == number]
+        keys = None if mask is None else mask[:, None, None, :]
+        x, weights = block(x, mask=keys, causal=causal, rule=rules.get(number), need_map=bool(names))
+        maps.update((name, weights) for name in names)
+        layers.update((name, x) for i, name in kept if i == number)
+    return x, layers, maps, n_prompts
+
+
+def swap(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """Replace the submodule at a dotted path, e.g. `swap(encoder.visual, "blocks.3.attention.q", LowRank(...))`.
+
+    Returns
+    -------
+    the old submodule, so that a second swap undoes the first
+
+    Raises
+    ------
+    ClipworksError
+        If there is no submodule of that name.
+    """
+    names = [name for name, _ in module.named_modules() if name]
+    check_choice("path", path, names)
+    parent, _, name = path.rpartition(".")
+    old = module.get_submodule(path)
+    setattr(module.get_submodule(parent), name, new)
+    return old

@@ -1,0 +1,100 @@
+"""Numbers and speed: exact fp32 on the fast matrix kernels, bf16 or fp16 weights where the hardware has them.
+
+On many CPUs torch's default fp32 matrix product takes a slow path; precision "medium" takes one that is twice as
+fast and, without special matrix units, just as exact. Whether it is exact here is measured once per process.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from ..errors import ClipworksError, check_choice
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = (*DTYPES, "auto")
+TOLERANCE = 1e-5
+# (rows, in, out) of the probe: few and many rows, square, widening and narrowing, odd sizes
+SHAPES = ((1, 768, 768), (50, 768, 3072), (400, 3072, 768), (77, 513, 129))
+
+_lock = threading.Lock()
+_users = 0
+_before = "highest"
+
+
+def choose(precision: str, device: torch.device | str) -> str:
+    """The precision that stands for "auto" on a device, after checking that the asked one can be used there.
+
+    "auto" is bf16 on CUDA (fp16 where bf16 is missing) and fp32 elsewhere.
+
+    Raises
+    ------
+    ClipworksError
+        For an unknown name, and for fp16 on a CPU, where it is about a hundred times slower than bf16.
+    """
+    check_choice("precision", precision, PRECISIONS)
+    kind = torch.device(device).type
+    if precision == "auto":
+        if kind != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if precision == "fp16" and kind == "cpu":
+        raise ClipworksError(
+            "precision 'fp16' is not offered on the CPU, which has no fast fp16 arithmetic. Use 'bf16' or 'fp32'."
+        )
+    return precision
+
+
+def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Bring weights to `dtype` in place; batch norms and single numbers (scale, bias) stay in float32."""
+    kept = {id(t) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+            for t in (*m.parameters(), *m.buffers())}  # fmt: skip
+    return module._apply(lambda t: t.to(torch.float32 if t.ndim == 0 or id(t) in kept else dtype) if t.is_floating_point() else t)
+
+
+@lru_cache(maxsize=1)
+def fast_matmul_error() -> float:
+    """Largest relative error of the fast path over a few products, against float64 (measured once, some ms)."""
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        for rows, inner, outer in SHAPES:
+            x, w = (torch.randn(n, inner, generator=generator) for n in (rows, outer))
+            exact = x.double() @ w.double().T
+            for product in (nn.functional.linear(x, w), torch.matmul(x[None], w.T[None])[0]):
+                worst = max(worst, float((product.double() - exact).norm() / exact.norm()))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return worst
+
+
+@contextmanager
+def fast_matmul(device: torch.device | str = "cpu") -> Iterator[bool]:
+    """Use the fast fp32 path on the CPU inside the block if it is exact here; always restored afterwards.
+
+    Gives True if the fast path is in use. Blocks may be nested and may run in several threads: the setting, which
+    torch keeps per process, is restored when the last of them ends.
+    """
+    global _users, _before
+    if torch.device(device).type != "cpu" or fast_matmul_error() >= TOLERANCE:
+        yield False
+        return
+    with _lock:
+        if _users == 0:
+            _before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")
+        _users += 1
+    try:
+        yield True
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                torch.set_float32_matmul_precision(_before)

@@ -1,0 +1,157 @@
+"""The image transformer of CLIP, LAION, MetaCLIP, DFN, SigLIP and SigLIP 2 (fixed resolution), with its seams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..errors import ClipworksError
+from .config import VisionConfig
+from .layers import MLP, Attention, Block, Rule, TowerOutput, resize_positions, run_blocks
+from .stems import build_stem
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pool: a learned query attends to all tokens, then a feed-forward part with residual sum."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        self.attention = Attention(config.width, config.heads)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config.width, config.mlp_width, config.activation)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, N, width) to (B, width); `mask` (B, N) hides tokens."""
+        query = self.probe.expand(len(x), 1, -1)
+        y, _ = self.attention(query, x, mask=None if mask is None else mask[:, None, None, :])
+        return (y + self.mlp(self.norm(y)))[:, 0]
+
+
+class VisionTransformer(nn.Module):
+    """Image tower.
+
+    Parameters
+    ----------
+    config : shape of the tower
+    dim : dimensions of the joint space
+    """
+
+    def __init__(self, config: VisionConfig, dim: int):
+        super().__init__()
+        width, eps = config.width, config.norm_eps
+        self.config, self.grid = config, config.grid
+        self.stem = build_stem(config)
+        self.head = int(config.class_token)
+        scale = width**-0.5
+        self.class_token = nn.Parameter(torch.randn(width) * scale) if config.class_token else None
+        self.positions = nn.Parameter(torch.randn(self.head + self.grid[0] * self.grid[1], width) * scale)
+        self.norm_pre = nn.LayerNorm(width, eps) if config.norm_pre else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.mlp_width, config.activation, eps) for _ in range(int(config.layers))  # type: ignore[arg-type]
+        )
+        self.norm_post = nn.LayerNorm(width, eps) if config.norm_post else nn.Identity()
+        self.pool = AttentionPool(config) if config.pool == "attention" else None
+        self.projection = nn.Linear(width, dim, bias=False) if config.projection else nn.Identity()
+
+    def forward(self, pixels: torch.Tensor, **seams) -> torch.Tensor:
+        """(B, 3, H, W) to (B, dim), not normalised; `seams` as in `run`."""
+        return self.run(pixels, **seams).pooled
+
+    def run(
+        self,
+        pixels: torch.Tensor,
+        *,
+        prompts: Mapping[int, torch.Tensor] | None = None,
+        attention: Mapping[int, Rule] | None = None,
+        keep: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        output_layers: Sequence[int] = (),
+        output_attention: Sequence[int] = (),
+    ) -> TowerOutput:
+        """Encode with any of the seams.
+
+        Parameters
+        ----------
+        pixels : (B, 3, H, W), preprocessed; for sizes other than the trained one positions are interpolated
+        prompts : layer -> (n, width) or (B, n, width), put behind the class token as that block's input; a later
+            layer's prompts take the place of the earlier ones' outputs. They carry no position and have not been
+            through `norm_pre`: a method whose paper does that applies `visual.norm_pre` itself.
+        attention : layer -> rule, see `layers.attention_weights`
+        keep : int64 (B, n), patches that are kept; each carries its own position
+        mask : bool (B, patches), False hides a patch from all other tokens and from the pool
+        positions : table used instead of the tower's own, for its grid or for that of these pixels
+        output_layers : layers whose output is returned (0 is the first block; negative from the end)
+        output_attention : layers whose attention weights are returned
+
+        Returns
+        -------
+        `TowerOutput`
+        """
+        x = self.stem(pixels)
+        grid: tuple[int, int] | None = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)
+        table = self._table(self.positions if positions is None else positions, (x.shape[1], *grid)).to(x.dtype)  # type: ignore[misc]
+        x = x + table[self.head :]
+        if mask is not None:
+            mask = _check_mask(mask, x)
+        if keep is not None:
+            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+            mask = None if mask is None else mask.gather(1, keep)
+            grid = None
+        if self.class_token is not None:
+            first = (self.class_token + table[0]).to(x.dtype).expand(len(x), 1, -1)
+            x = torch.cat([first, x], dim=1)
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(len(mask), self.head), mask], dim=1)
+        x, layers, maps, n_prompts = run_blocks(
+            self.blocks, self.norm_pre(x), head=self.head, mask=mask, prompts=prompts, attention=attention,
+            output_layers=output_layers, output_attention=output_attention,
+        )  # fmt: skip
+        prefix = self.head + n_prompts
+        patch_mask = None if mask is None else mask[:, self.head :]
+        return TowerOutput(self._pooled(x, prefix, patch_mask), x, layers, maps, prefix, grid)
+
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens of any layer (..., width) into the joint space (..., dim), each as if it were the pooled one.
+
+        With a class token or mean pool that is the last norm and the projection; with an attention pool every
+        token is pooled alone (its value, since the weights of a single token are 1).
+        """
+        x = self.norm_post(tokens)
+        if self.pool is not None:
+            x = self.pool(x.reshape(-1, 1, x.shape[-1])).reshape(x.shape)
+        return self.projection(x)
+
+    def _pooled(self, x: torch.Tensor, prefix: int, mask: torch.Tensor | None) -> torch.Tensor:
+        if self.pool is not None:
+            if mask is not None:
+                mask = torch.cat([mask.new_ones(len(x), prefix), mask], dim=1)
+            return self.projection(self.pool(self.norm_post(x), mask))
+        if self.config.pool == "class":
+            return self.projection(self.norm_post(x[:, 0]))
+        x = self.norm_post(x[:, prefix:])
+        if mask is None:
+            return self.projection(x.mean(1))
+        share = mask.to(x.dtype) / mask.sum(1, keepdim=True)
+        return self.projection((x * share[:, :, None]).sum(1))
+
+    def _table(self, table: torch.Tensor, tokens: tuple[int, int, int]) -> torch.Tensor:
+        count, grid = tokens[0] + self.head, tokens[1:]
+        if grid == self.grid or (table is not self.positions and table.shape[0] == count):
+            if table.shape[0] != count:
+                raise ClipworksError(f"positions must have {count} rows for a grid of {grid}. Got {table.shape[0]}.")
+            return table
+        return resize_positions(table, self.grid, grid)
+
+
+def _check_mask(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    if tuple(mask.shape) != tuple(x.shape[:2]):
+        raise ClipworksError(f"mask must have the shape {tuple(x.shape[:2])} (batch, tokens). Got {tuple(mask.shape)}.")
+    mask = mask.bool()
+    if not bool(mask.any(1).all()):
+        raise ClipworksError("mask hides every token of at least one row; leave at least one.")
+    return mask
