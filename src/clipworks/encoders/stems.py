@@ -1,10 +1,13 @@
 """From pixels to the first tokens of an image tower: (B, 3, H, W) to (B, width, h, w).
 
-A stem of the name "some-name" is the class `SomeNameStem` of this module; adding one is adding a class.
+A stem is a public function of this module that builds one; adding a stem is adding a function, whose name (with
+hyphens for underscores) is then a value of `VisionConfig.stem`.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,29 +24,35 @@ def build_stem(config: VisionConfig) -> nn.Module:
 
     Parameters
     ----------
-    config : its `stem` is a name of this module, "patch" for `PatchStem`; `width` is the channels of the result
+    config : `stem` is the name, `width` the channels of the result, `patch_size` the pixels per token
 
     Returns
     -------
     module from (B, 3, H, W) to (B, width, h, w)
+
+    Raises
+    ------
+    ClipworksError
+        If there is no stem of that name.
     """
-    known = {_name(key): value for key, value in globals().items() if key.endswith("Stem")}
-    return known[check_choice("stem", config.stem, known)](config)
+    functions = inspect.getmembers(sys.modules[__name__], inspect.isfunction)
+    own = {name.replace("_", "-"): f for name, f in functions if f.__module__ == __name__ and name[0] != "_"}
+    del own["build-stem"]
+    return own[check_choice("vision.stem", config.stem, own)](config)
 
 
-def _name(class_name: str) -> str:
-    """PatchStem -> patch, EfficientNetLite0Stem would be spelled EfficientnetLite0Stem -> efficientnet-lite0."""
-    words = class_name.removesuffix("Stem")
-    return "".join(f"-{c.lower()}" if c.isupper() else c for c in words).lstrip("-")
+def patch(config: VisionConfig) -> nn.Module:
+    """The linear patch embedding of every CLIP and SigLIP."""
+    return PatchStem(config.width, config.patch_size, config.patch_bias)
 
 
 class PatchStem(nn.Module):
-    """A linear map of every patch, written as a convolution whose stride is its size."""
+    """A linear map of every patch, written as a convolution whose stride is its size; what is left over at the right
+    and bottom is not seen (SigLIP at 384 with patches of 14)."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, width: int, size: int, bias: bool):
         super().__init__()
-        size = config.patch_size
-        self.projection = nn.Conv2d(3, config.width, size, stride=size, bias=config.patch_bias)
+        self.projection = nn.Conv2d(3, width, size, stride=size, bias=bias)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.projection(pixels)
