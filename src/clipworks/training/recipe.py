@@ -1,0 +1,135 @@
+"""What one training step does with a batch: the protocol of recipes, and the plain contrastive one.
+
+A recipe chooses views and captions (`batch`), runs the encoder and names its losses (`forward`). The loop owns all
+else: order, decoding threads, processes, precision, optimizer, checkpoints, logs. A recipe that states its work in
+two halves, `features` and `losses`, gets exact large batches on little memory (`micro_batch`) for nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from ..errors import ClipworksError
+from ..registry import get_method
+from .augment import Augment, view
+from .gather import full_matrix, local_rows
+
+if TYPE_CHECKING:
+    from ..data.item import Item
+    from ..encoders.encoder import Encoder
+
+
+class Recipe(Protocol):
+    """What the loop needs. A recipe with parameters of its own is an `nn.Module`; they are trained and saved too."""
+
+    def batch(self, items: Sequence[Item], step: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Turn this process's items of one step into tensors whose first dimension is the sample.
+
+        Runs ahead in a thread. All randomness comes from `rng`: draws from it are the same on every process;
+        `rng.spawn(len(items))` gives one generator per sample, the same however many processes share the batch.
+        Raises `BadImage` for an image that cannot be used; the loop then replaces that item and calls again.
+        """
+        ...
+
+    def forward(self, encoder: Encoder, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return named scalar losses, weights already applied; their sum is minimised."""
+        ...
+
+
+class ContrastiveRecipe:
+    """One view and one caption per sample, one contrastive loss; the base that other recipes vary.
+
+    Subclasses override `texts` (which words), `pixels` (which views), `features` or `losses`. One that cannot be
+    split into the two halves overrides `forward` and sets `split = False`.
+
+    Parameters
+    ----------
+    loss : name of a registered loss, or a function `(image, text, scale, **extra) -> scalar or dict of scalars`
+    augment : how views are drawn; None takes the encoder's own preprocessing
+    options : further keyword arguments of the loss
+    """
+
+    split = True  # `forward` is `losses(features(...))`, so the loop may run the halves apart
+
+    def __init__(
+        self,
+        loss: str | Callable[..., Any] = "infonce",
+        augment: Augment | None = None,
+        options: dict[str, Any] | None = None,
+    ):
+        self.loss = get_method(loss, "losses") if isinstance(loss, str) else loss
+        self.loss_name = loss if isinstance(loss, str) else getattr(loss, "__name__", "loss")
+        self.augment = augment
+        self.options = options or {}
+        self.encoder: Encoder | None = None
+        self.pool: Executor | None = None
+
+    def bind(self, encoder: Encoder, pool: Executor | None) -> None:
+        """Give the recipe the encoder (its tokenizer and preprocessing) and the decoding threads, before training."""
+        # past nn.Module, which would register the encoder as a part of the recipe
+        object.__setattr__(self, "encoder", encoder)
+        object.__setattr__(self, "pool", pool)
+
+    def batch(self, items: Sequence[Item], step: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Return `pixels` of shape (n, 3, H, W) and `tokens` of shape (n, L)."""
+        draws = rng.spawn(len(items))
+        return {"pixels": self.pixels(items, draws), "tokens": self.bound.tokenize(self.texts(items, draws))}
+
+    def pixels(self, items: Sequence[Item], draws: Sequence[np.random.Generator]) -> torch.Tensor:
+        """Decode, augment and normalise the images, in threads."""
+        preprocess = self.bound.preprocess
+        run = map if self.pool is None else self.pool.map
+        return torch.stack(list(run(lambda item, draw: view(item, preprocess, self.augment, draw), items, draws)))
+
+    def texts(self, items: Sequence[Item], draws: Sequence[np.random.Generator]) -> list[str]:
+        """Return the words of every item: its caption."""
+        return [item.caption or "" for item in items]
+
+    def features(self, encoder: Encoder, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Encode both sides; every value is a tensor of rows or a scalar of shape ()."""
+        found = {
+            "image": encoder.encode_image(batch["pixels"]),
+            "text": encoder.encode_text(batch["tokens"]),
+            "scale": encoder.log_scale.exp().reshape(()),
+        }
+        if encoder.bias is not None and "bias" in inspect.signature(self.loss).parameters:
+            found["bias"] = encoder.bias.reshape(())
+        return found
+
+    def losses(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return named losses from this process's features; gathers what it needs from the others."""
+        return contrast(self.loss, self.loss_name, features, **self.options)
+
+    def forward(self, encoder: Encoder, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return self.losses(self.features(encoder, batch))
+
+    @property
+    def bound(self) -> Encoder:
+        if self.encoder is None:
+            raise ClipworksError("the recipe has no encoder yet: `train` gives it one, or call bind(encoder, None).")
+        return self.encoder
+
+
+def contrast(
+    loss: Callable[..., Any], name: str, features: dict[str, torch.Tensor], **options: Any
+) -> dict[str, torch.Tensor]:
+    """Apply a loss to image and text rows across processes: local rows where the loss can, else the full matrix.
+
+    Parameters
+    ----------
+    loss : function `(image, text, scale, **extra)`
+    name : what to call its value, if it returns one
+    features : `image` and `text` of shape (n, dim), `scale` of shape (), and any scalar that the loss takes by name
+    options : further arguments of the loss
+    """
+    known = inspect.signature(loss).parameters
+    extra = {k: v for k, v in features.items() if k not in ("image", "text", "scale") and k in known}
+    call = local_rows if "all_image" in known else full_matrix
+    value = call(loss, features["image"], features["text"], features["scale"], **extra, **options)
+    return value if isinstance(value, dict) else {name: value}

@@ -1,0 +1,84 @@
+"""Small things that the training tests share: numpy losses, toy towers, coloured shapes with captions, processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 70, 230), "yellow": (240, 220, 40)}
+SHAPES = ("circle", "square")
+CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+
+
+def infonce(image: Any, text: Any, scale: Any, *, all_image: Any = None, all_text: Any = None, offset: int = 0) -> Any:
+    """Mean cross-entropy of local rows against all, both ways."""
+    all_image, all_text = (image if all_image is None else all_image), (text if all_text is None else all_text)
+    target = torch.arange(len(image)) + offset
+    rows, columns = scale * image @ all_text.T, scale * text @ all_image.T
+    return (nn.functional.cross_entropy(rows, target) + nn.functional.cross_entropy(columns, target)) / 2
+
+
+class Pair(nn.Module):
+    """Two linear towers and a scale, in float64."""
+
+    def __init__(self, seed: int = 0, dropout: float = 0.0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.visual = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 4)).double()
+        self.text = nn.Linear(5, 4).double()
+        self.log_scale = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        image = nn.functional.normalize(self.visual(batch["pixels"]), dim=1)
+        text = nn.functional.normalize(self.text(batch["words"]), dim=1)
+        return {"image": image, "text": text, "scale": self.log_scale.exp()}
+
+
+def vectors(rows: int, seed: int = 1) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    make = lambda width: torch.randn(rows, width, generator=draw, dtype=torch.float64)  # noqa: E731
+    return {"pixels": make(6), "words": make(5)}
+
+
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def drawing(colour: str, shape: str, rng: np.random.Generator, size: int = 32) -> Image.Image:
+    image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(0, 90, 3)))
+    side = int(rng.integers(12, 20))
+    left, top = (int(v) for v in rng.integers(2, size - side - 2, 2))
+    draw = ImageDraw.Draw(image)
+    (draw.ellipse if shape == "circle" else draw.rectangle)((left, top, left + side, top + side), fill=COLOURS[colour])
+    return image
+
+
+def drawings(count: int, seed: int = 0) -> list[tuple[Image.Image, str]]:
+    """Pairs of a coloured shape and its caption, classes in turn."""
+    rng = np.random.default_rng(seed)
+    names = [CLASSES[i % len(CLASSES)] for i in range(count)]
+    return [(drawing(*name.split(), rng), f"a photo of a {name}") for name in names]
+
+
+def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Run `work(rank, count, *arguments)` in gloo processes; raises if one of them does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_worker, (work, count, port, arguments), nprocs=count)
+
+
+def _worker(rank: int, work: Callable[..., None], count: int, port: int, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count),
+                      LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count), OMP_NUM_THREADS="1")  # fmt: skip
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=count)
+    work(rank, count, *arguments)
+    torch.distributed.destroy_process_group()
