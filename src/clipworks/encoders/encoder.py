@@ -327,7 +327,7 @@ class Encoder(nn.Module):
 
 
 def _finish(features: torch.Tensor, normalize: bool) -> torch.Tensor:
-    features = features.float()
+    features = features if features.dtype == torch.float64 else features.float()
     return F.normalize(features, dim=-1) if normalize else features
 
 
