@@ -104,6 +104,11 @@ class VisionConfig(_Config):
         _check_heads("vision", self.width * (32 if self.kind == "resnet" else 1), self.heads)
 
     @property
+    def depth(self) -> int:
+        """Number of blocks, over all stages."""
+        return self.layers if isinstance(self.layers, int) else sum(self.layers)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens at `image_size`."""
         side = self.image_size // self.patch_size

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from ..errors import ClipworksError, check_choice, check_range
@@ -49,7 +52,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self._preprocess = preprocess
-        self.visual: nn.Module
+        self.visual: Any  # either tower; both have run, project and config
         if config.vision.kind == "resnet":
             from .resnet import ModifiedResNet
 
@@ -152,19 +155,19 @@ class Encoder(nn.Module):
             For an image that cannot be used, naming it.
         """
         check_range("batch_size", batch_size, 1)
-        batches: Iterator[torch.Tensor] | Sequence[torch.Tensor]
+        from ..data.item import Item
+        from ..data.loader import load_batches
+
+        batches: Iterable[torch.Tensor]
         if isinstance(x, torch.Tensor) and x.is_floating_point():
             pixels = x[None] if x.ndim == 3 else x
             if pixels.ndim != 4 or pixels.shape[1] != 3:
                 raise ClipworksError(f"pixels must have the shape (N, 3, H, W). Got {tuple(x.shape)}.")
             count, batches = len(pixels), pixels.split(batch_size)
         else:
-            listed = _as_images(x)
-            count = len(listed)
-            batches = (
-                torch.stack([self.preprocess(i) for i in listed[at : at + batch_size]])
-                for at in range(0, count, batch_size)
-            )
+            items = [Item(_key(image, i), image) for i, image in enumerate(_as_images(x))]
+            count = len(items)
+            batches = (batch.pixels for batch in load_batches(items, self.preprocess, batch_size))
         parts = []
         with self._inference():
             bar = Progress(batches, count, "encoding images", unit=len, enabled=None if progress else False)
@@ -198,7 +201,7 @@ class Encoder(nn.Module):
             total = torch.zeros(count, self.dim).index_add_(0, owner, rows)
             mean = total / torch.bincount(owner, minlength=count)[:, None]
             return F.normalize(mean, dim=-1) if normalize else mean
-        return self._rows(self.tokenize(x, on_long), batch_size, normalize)
+        return self._rows(self._encode(x, on_long), batch_size, normalize)
 
     def tokenize(self, x: str | Sequence[str], on_long: str = "truncate") -> torch.Tensor:
         """Token ids, int64 (N, L); L is the longest row, or the whole context where the last position is read.
@@ -208,12 +211,15 @@ class Encoder(nn.Module):
         x : one text or a list
         on_long : "truncate" or "error"; cut texts are counted in `truncated`, and the first are reported
         """
+        return self._encode(x, on_long)
+
+    def _encode(self, x: str | Sequence[str], on_long: str) -> torch.Tensor:
         tokens, cut = self._tokenizer().encode(x, self.context_length, on_long)
         if cut and not self.truncated:
             warnings.warn(
                 f"{cut} of {len(tokens)} texts are longer than {self.context_length} tokens and were cut. Further ones "
                 "are only counted (`encoder.truncated`); on_long='chunk-mean' reads all of a text.",
-                stacklevel=2,
+                stacklevel=3,
             )
         self.truncated += cut
         return self._pad(tokens)
@@ -231,8 +237,7 @@ class Encoder(nn.Module):
     def _rows(self, tokens: torch.Tensor, batch_size: int, normalize: bool) -> torch.Tensor:
         if not len(tokens):
             return torch.empty(0, self.dim)
-        lengths = torch.tensor([self.text.length(row[None]) for row in tokens])
-        order = lengths.argsort(stable=True)
+        order = self.text.lengths(tokens).argsort(stable=True)
         with self._inference():
             parts = [
                 self.encode_text(tokens[part].to(self.device), normalize=normalize).cpu()
@@ -271,16 +276,17 @@ class Encoder(nn.Module):
             vision = dataclasses.replace(config.vision, image_size=image_size)
             preprocess = dataclasses.replace(config.preprocess, size=image_size)
             config = dataclasses.replace(config, vision=vision, preprocess=preprocess)
-            holder: Any = self.visual.pool if vision.kind == "resnet" else self.visual
-            holder.positions = _parameter(resize_positions(holder.positions, holder.grid, vision.grid), holder.positions)
+            holder = self.visual.pool if vision.kind == "resnet" else self.visual
+            table = holder.positions
+            holder.positions = _parameter(resize_positions(table, holder.grid, vision.grid), table)
             holder.grid, self.visual.config = vision.grid, vision
             if self._preprocess is not None:
                 self._preprocess = dataclasses.replace(self._preprocess, config=preprocess)
         if context_length is not None and context_length != self.context_length:
             text = dataclasses.replace(config.text, context_length=context_length)
             config = dataclasses.replace(config, text=text)
-            table = self.text.positions
-            self.text.positions = _parameter(stretch_positions(table, context_length, keep), table)
+            rows = self.text.positions
+            self.text.positions = _parameter(stretch_positions(rows, context_length, keep), rows)
             self.text.config = text
         self.config = config
         return self
@@ -322,7 +328,7 @@ class Encoder(nn.Module):
         for name in sorted(state):
             tensor = state[name].detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -337,11 +343,13 @@ def _parameter(values: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
 
 def _as_images(x: Any) -> list[Any]:
     """One image or many, as a list."""
-    if isinstance(x, torch.Tensor):
-        x = x.cpu().numpy()
-    if isinstance(x, (list, tuple)):
-        return list(x)
-    if getattr(x, "ndim", 0) == 4 or (hasattr(x, "__iter__") and not hasattr(x, "__array__") and not hasattr(x, "size")
-                                      and not isinstance(x, (str, bytes, bytearray, memoryview))):  # fmt: skip
-        return list(x)
-    return [x]
+    x = x.cpu().numpy() if isinstance(x, torch.Tensor) else x
+    if isinstance(x, np.ndarray):
+        return list(x) if x.ndim == 4 else [x]
+    one = isinstance(x, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image))
+    return [x] if one else list(x)
+
+
+def _key(image: Any, number: int) -> str:
+    """What an error calls the image: its path, or its place in the list."""
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else str(number)

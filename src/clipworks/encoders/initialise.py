@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .layers import Block
+from .stems import PatchStem
 
 if TYPE_CHECKING:
     from .encoder import Encoder
@@ -25,13 +26,13 @@ def initialise(encoder: Encoder, seed: int) -> Encoder:
     def normal(tensor: torch.Tensor, std: float) -> None:
         nn.init.normal_(tensor, std=std, generator=draw)
 
+    patches = [m.projection for m in encoder.modules() if isinstance(m, PatchStem)]
     with torch.no_grad():
         for module in encoder.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                fan_in = module.weight[0].numel()
-                # ResNets keep the variance through their rectifiers, the rest through linear maps
-                normal(module.weight, (2 / fan_in) ** 0.5 if isinstance(module, nn.Conv2d) and module.kernel_size[0] <= 3
-                       else fan_in**-0.5)  # fmt: skip
+                # convolutions stand before rectifiers, which halve the variance; linears and patches do not
+                gain = 2 if isinstance(module, nn.Conv2d) and module not in patches else 1
+                normal(module.weight, (gain / module.weight[0].numel()) ** 0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for tower in (encoder.visual, encoder.text):

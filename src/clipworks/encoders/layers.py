@@ -7,9 +7,9 @@ weights are computed only where a rule or an attention map asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Union
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,10 @@ from torch import nn
 from ..errors import ClipworksError, check_choice, check_range
 from .positions import resize_positions, rotary, stretch_positions
 
-__all__ = ["MLP", "Attention", "Block", "QuickGELU", "TowerOutput", "activation", "layer_index", "resize_positions",
-           "rotary", "run_blocks", "stretch_positions", "swap"]  # fmt: skip
+__all__ = ["MLP", "Attention", "Block", "QuickGELU", "TowerOutput", "activation", "layer_index", "masked_mean",
+           "put_prompts", "resize_positions", "rotary", "run_blocks", "stretch_positions", "swap"]  # fmt: skip
 
-Rule = Union[str, torch.Tensor, Callable[..., torch.Tensor]]
+Rule: TypeAlias = "str | torch.Tensor | Callable[..., torch.Tensor]"
 RULES = ("qk", "vv", "kk", "qq", "identity")
 
 
@@ -34,28 +34,32 @@ class TowerOutput:
     pooled : (B, dim), in the joint space, not normalised
     tokens : (B, N, width), the last block's output: class token, prompts, then patches or words
     layers : asked layer -> its output (B, N, width); for a ResNet the stage's map (B, channels, h, w)
-    attentions : asked layer -> attention weights (B, heads, N, N)
+    attentions : asked layer -> attention weights (B, heads, N, N); "pool" -> those of an attention pool,
+        (B, heads, 1, N)
     prefix : number of tokens before the patches or words (class or start token and prompts) in `tokens`
     grid : rows and columns of the patches, None for texts and after dropping patches
+    class_token : whether the first token is a class token
     """
 
     pooled: torch.Tensor
     tokens: torch.Tensor
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
-    attentions: dict[int, torch.Tensor] = field(default_factory=dict)
+    attentions: dict[int | str, torch.Tensor] = field(default_factory=dict)
     prefix: int = 0
     grid: tuple[int, int] | None = None
+    class_token: bool = False
 
     @property
     def patches(self) -> torch.Tensor:
         """`tokens` without class token and prompts."""
         return self.tokens[:, self.prefix :]
 
-    def class_attention(self, layer: int) -> torch.Tensor:
-        """What the first (class) token looks at in a layer asked for: (B, heads, patches)."""
+    def class_attention(self, layer: int | str) -> torch.Tensor:
+        """What the class token, or the query of the "pool", looks at in a layer asked for: (B, heads, patches)."""
         check_choice("layer", layer, self.attentions)
-        weights = self.attentions[layer]
-        return weights[:, :, 0, weights.shape[-1] - self.tokens.shape[1] + self.prefix :]
+        if layer != "pool" and not self.class_token:
+            raise ClipworksError(f"this tower has no class token; ask for output_attention=('pool',). Got {layer!r}.")
+        return self.attentions[layer][:, :, 0, -self.patches.shape[1] :]
 
 
 class QuickGELU(nn.Module):
@@ -176,7 +180,7 @@ def attention_weights(
     if rule.startswith("mixed:"):
         share = mixed_share(rule)
         return (1 - share) * attention_weights("qk", q, k, v, mask) + share * attention_weights("vv", q, k, v, mask)
-    total = None
+    total: torch.Tensor | float = 0.0
     for name in rule.split("+"):
         check_choice("attention", name, RULES)
         if name == "identity":
@@ -185,8 +189,8 @@ def attention_weights(
             left, right = ({"q": q, "k": k, "v": v}[letter] for letter in name)
             logits = left.float() @ right.float().transpose(-2, -1) * q.shape[-1] ** -0.5
             part = (logits if mask is None else logits.masked_fill(~mask, -torch.inf)).softmax(-1)
-        total = part if total is None else total + part
-    return total
+        total = part + total
+    return torch.as_tensor(total)
 
 
 def mixed_share(rule: str) -> float:
@@ -228,7 +232,15 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)), weights
 
 
-def layer_index(argument: str, layer: int, depth: int) -> int:
+def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the tokens of (B, N, width) that `mask` (B, N) does not hide, in float32."""
+    if mask is None:
+        return x.float().mean(1).to(x.dtype)
+    share = mask / mask.sum(1, keepdim=True)
+    return (x * share[:, :, None]).sum(1).to(x.dtype)
+
+
+def layer_index(argument: str, layer: int | str, depth: int) -> int:
     """A layer's number counted from the front; negative ones count from the end."""
     if not isinstance(layer, int) or not -depth <= layer < depth:
         raise ClipworksError(f"{argument} must name layers from 0 to {depth - 1} (or -{depth} to -1). Got {layer!r}.")
@@ -239,14 +251,15 @@ def put_prompts(x: torch.Tensor, prompts: torch.Tensor, head: int, old: int) -> 
     """Put prompts (n, width) or (B, n, width) behind the first `head` tokens in place of `old` earlier ones."""
     if prompts.ndim not in (2, 3) or prompts.shape[-1] != x.shape[-1] or (prompts.ndim == 3 and len(prompts) != len(x)):
         raise ClipworksError(
-            f"prompts must have the shape (n, {x.shape[-1]}) or ({len(x)}, n, {x.shape[-1]}). Got {tuple(prompts.shape)}."
+            f"prompts must have the shape (n, {x.shape[-1]}) or ({len(x)}, n, {x.shape[-1]}). "
+            f"Got {tuple(prompts.shape)}."
         )
     prompts = prompts.to(x.dtype).expand(len(x), -1, -1)
     return torch.cat([x[:, :head], prompts, x[:, head + old :]], dim=1)
 
 
 def run_blocks(
-    blocks: Sequence[nn.Module],
+    blocks: Iterable[nn.Module],
     x: torch.Tensor,
     *,
     head: int,
@@ -256,8 +269,8 @@ def run_blocks(
     prompts: Mapping[int, torch.Tensor] | None = None,
     attention: Mapping[int, Rule] | None = None,
     output_layers: Sequence[int] = (),
-    output_attention: Sequence[int] = (),
-) -> tuple[torch.Tensor, dict[int, torch.Tensor], dict[int, torch.Tensor], int]:
+    output_attention: Sequence[int | str] = (),
+) -> tuple[torch.Tensor, dict[int, torch.Tensor], dict[int | str, torch.Tensor], int]:
     """Run the blocks with the seams that both towers share.
 
     Parameters
@@ -272,13 +285,14 @@ def run_blocks(
     -------
     last output, kept outputs, kept weights, number of prompts in the last output
     """
+    blocks = list(blocks)
     depth = len(blocks)
     prompts = {layer_index("prompts", i, depth): p for i, p in (prompts or {}).items()}
     rules = {layer_index("attention", i, depth): r for i, r in (attention or {}).items()}
     kept = [(layer_index("output_layers", i, depth), i) for i in output_layers]
-    mapped = [(layer_index("output_attention", i, depth), i) for i in output_attention]
+    mapped = [(layer_index("output_attention", i, depth), i) for i in output_attention if i != "pool"]
     layers: dict[int, torch.Tensor] = {}
-    maps: dict[int, torch.Tensor] = {}
+    maps: dict[int | str, torch.Tensor] = {}
     for number, block in enumerate(blocks):
         if number in prompts:
             before, x = x.shape[1], put_prompts(x, prompts[number], head, n_prompts)

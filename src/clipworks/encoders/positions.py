@@ -81,11 +81,14 @@ def rotary(grid: tuple[int, int] | int, prefix: int = 0, theta: float = 100.0) -
     -------
     a rule for the `attention` seam
     """
-    spans = [torch.arange(grid)] if isinstance(grid, int) else list(torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    lines = [torch.arange(n) for n in ((grid,) if isinstance(grid, int) else grid)]
+    spans = torch.meshgrid(*lines, indexing="ij")
 
     def angles(channels: int, device: torch.device) -> torch.Tensor:
         if channels % (2 * len(spans)):
-            raise ClipworksError(f"rotary positions need heads of a multiple of {2 * len(spans)} channels. Got {channels}.")
+            raise ClipworksError(
+                f"rotary positions need heads of a multiple of {2 * len(spans)} channels. Got {channels}."
+            )
         pairs = channels // (2 * len(spans))
         speed = theta ** (-torch.arange(pairs, device=device) / pairs)
         turned = torch.cat([s.flatten().to(device)[:, None] * speed for s in spans], dim=1)

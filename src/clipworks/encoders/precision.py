@@ -52,9 +52,13 @@ def choose(precision: str, device: torch.device | str) -> str:
 
 def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Bring weights to `dtype` in place; batch norms and single numbers (scale, bias) stay in float32."""
-    kept = {id(t) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-            for t in (*m.parameters(), *m.buffers())}  # fmt: skip
-    return module._apply(lambda t: t.to(torch.float32 if t.ndim == 0 or id(t) in kept else dtype) if t.is_floating_point() else t)
+    for part in module.modules():
+        exact = isinstance(part, nn.modules.batchnorm._BatchNorm)
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.float32 if exact or tensor.ndim == 0 else dtype)
+                tensor.grad = None
+    return module
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +66,10 @@ def fast_matmul_error() -> float:
     """Largest relative error of the fast path over a few products, against float64 (measured once, some ms)."""
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user steers torch's newer per-backend switches; hands off
+        return float("inf")
     try:
         torch.set_float32_matmul_precision("medium")
         for rows, inner, outer in SHAPES:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import ClipworksError
+from ..errors import ClipworksError, check_choice
 from .config import VisionConfig
-from .layers import TowerOutput, layer_index, resize_positions
+from .layers import TowerOutput, attention_weights, layer_index, resize_positions
 
 
 class Downsample(nn.Module):
@@ -62,17 +62,17 @@ class AttentionPool2d(nn.Module):
         self.out = nn.Linear(width, dim)
 
     def forward(
-        self, tokens: torch.Tensor, grid: tuple[int, int], mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, rows * columns, width) to (B, dim), and q, k as heads for the attention map; `mask` hides cells."""
+        self, tokens: torch.Tensor, grid: tuple[int, int], mask: torch.Tensor | None = None, need_map: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, cells, width) to (B, dim), and the weights (B, heads, 1, 1 + cells) if asked for; `mask` (B, cells)
+        hides cells."""
         table = resize_positions(self.positions, self.grid, grid)
         x = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + table.to(tokens.dtype)
         q, k, v = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for f, y in ((self.q, x[:, :1]), (self.k, x), (self.v, x)))  # fmt: skip
         seen = None if mask is None else F.pad(mask, (1, 0), value=True)[:, None, None, :]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        logits = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
-        weights = (logits if seen is None else logits.masked_fill(~seen, -torch.inf)).softmax(-1)
+        weights = attention_weights("qk", q, k, v, seen) if need_map else None
         return self.out(y.transpose(1, 2).flatten(2))[:, 0], weights
 
 
@@ -114,7 +114,7 @@ class ModifiedResNet(nn.Module):
         *,
         mask: torch.Tensor | None = None,
         output_layers: Sequence[int] = (),
-        output_attention: Sequence[int] = (),
+        output_attention: Sequence[str] = (),
         **other: object,
     ) -> TowerOutput:
         """Encode, with the seams that a convolutional tower has.
@@ -124,7 +124,7 @@ class ModifiedResNet(nn.Module):
         pixels : (B, 3, H, W); for sizes other than the trained one the pool's positions are interpolated
         mask : bool (B, rows * columns), False hides a cell of the last map from the pool
         output_layers : stages 0 to 3 whose maps (B, channels, h, w) are returned
-        output_attention : (3,) returns the pool's weights (B, heads, 1, 1 + cells)
+        output_attention : ("pool",) returns the pool's weights (B, heads, 1, 1 + cells)
 
         Returns
         -------
@@ -132,9 +132,10 @@ class ModifiedResNet(nn.Module):
         """
         for name, value in other.items():
             if value is not None:
-                raise ClipworksError(f"a ResNet has no tokens inside, so {name} cannot be used with it. Got {value!r:.60}.")
+                raise ClipworksError(f"a ResNet has no tokens inside, so it has no {name}. Got {name}={value!r:.60}.")
         kept = {layer_index("output_layers", i, 4): i for i in output_layers}
-        mapped = {layer_index("output_attention", i, 4): i for i in output_attention}
+        for name in output_attention:
+            check_choice("output_attention", name, ("pool",))
         x = F.relu(self.bn1(self.conv1(pixels)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
@@ -145,8 +146,8 @@ class ModifiedResNet(nn.Module):
                 layers[kept[stage]] = x
         grid = (x.shape[2], x.shape[3])
         tokens = x.flatten(2).transpose(1, 2)
-        pooled, weights = self.pool(tokens, grid, mask)
-        return TowerOutput(pooled, tokens, layers, {name: weights for name in mapped.values()}, 0, grid)
+        pooled, weights = self.pool(tokens, grid, mask, need_map=bool(output_attention))
+        return TowerOutput(pooled, tokens, layers, {} if weights is None else {"pool": weights}, 0, grid)
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         """Cells of the last map (..., width) into the joint space (..., dim): the pool's value and output maps."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ClipworksError
 from .config import TextConfig
-from .layers import Block, Rule, TowerOutput, put_prompts, run_blocks
+from .layers import Block, Rule, TowerOutput, masked_mean, put_prompts, run_blocks
 
 
 class TextTransformer(nn.Module):
@@ -67,7 +67,7 @@ class TextTransformer(nn.Module):
         attention : layer -> rule, see `layers.attention_weights`
         mask : bool (B, L), False hides a token from all others and from a mean pool
         positions : table used instead of the tower's own
-        cut : drop what lies behind the longest text of the batch where that changes nothing (see `length`)
+        cut : drop what lies behind the longest text of the batch where that changes nothing (see `lengths`)
         output_layers, output_attention : layers whose output or attention weights are returned
 
         Returns
@@ -81,7 +81,7 @@ class TextTransformer(nn.Module):
                     f"tokens must be integers of shape (B, L). Got {tokens.dtype} of shape {tuple(tokens.shape)}."
                 )
             if cut and embeddings is None and mask is None:
-                tokens = tokens[:, : self.length(tokens)]
+                tokens = tokens[:, : int(self.lengths(tokens).max())]
             if self.config.pool == "eot" and eot is None:
                 eot = self.end(tokens)
             if self.config.mask_padding and mask is None:
@@ -122,15 +122,15 @@ class TextTransformer(nn.Module):
             raise ClipworksError(f"tokens must hold the end token {self.config.eot_id} in every row. One row has none.")
         return found.int().argmax(1)
 
-    def length(self, tokens: torch.Tensor) -> int:
-        """Columns that decide the result: up to the longest end token if later ones cannot be seen (causal), up to
-        the longest text if padding is hidden, else all."""
+    def lengths(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Columns that decide each row's vector, int64 (B,): up to its end token if later ones cannot be seen
+        (causal), up to its last word if padding is hidden, else all."""
         if self.config.causal and self.config.pool == "eot":
-            return int(self.end(tokens).max()) + 1
-        if self.config.mask_padding and self.config.pool != "last":
-            real = (tokens != self.config.pad_id).any(0)
-            return int(real.nonzero().max()) + 1 if bool(real.any()) else 1
-        return tokens.shape[1]
+            return self.end(tokens) + 1
+        if self.config.mask_padding and self.config.pool in ("mean", "first"):
+            places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+            return (places * (tokens != self.config.pad_id)).amax(1).clamp(min=1)
+        return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
 
     def _pooled(
         self, x: torch.Tensor, eot: torch.Tensor | None, n_prompts: int, mask: torch.Tensor | None
@@ -141,8 +141,4 @@ class TextTransformer(nn.Module):
             return self.norm(x[:, -1])
         if self.config.pool == "first":
             return self.norm(x[:, 0])
-        x = self.norm(x)
-        if mask is None:
-            return x.mean(1)
-        share = mask.to(x.dtype) / mask.sum(1, keepdim=True)
-        return (x * share[:, :, None]).sum(1)
+        return masked_mean(self.norm(x), mask)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ClipworksError
 from .config import VisionConfig
-from .layers import MLP, Attention, Block, Rule, TowerOutput, resize_positions, run_blocks
+from .layers import MLP, Attention, Block, Rule, TowerOutput, masked_mean, resize_positions, run_blocks
 from .stems import build_stem
 
 
@@ -23,11 +23,14 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(config.width, config.mlp_width, config.activation)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, N, width) to (B, width); `mask` (B, N) hides tokens."""
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, need_map: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, N, width) to (B, width), and the weights (B, heads, 1, N) if asked for; `mask` (B, N) hides tokens."""
         query = self.probe.expand(len(x), 1, -1)
-        y, _ = self.attention(query, x, mask=None if mask is None else mask[:, None, None, :])
-        return (y + self.mlp(self.norm(y)))[:, 0]
+        keys = None if mask is None else mask[:, None, None, :]
+        y, weights = self.attention(query, x, mask=keys, need_map=need_map)
+        return (y + self.mlp(self.norm(y)))[:, 0], weights
 
 
 class VisionTransformer(nn.Module):
@@ -50,7 +53,7 @@ class VisionTransformer(nn.Module):
         self.positions = nn.Parameter(torch.randn(self.head + self.grid[0] * self.grid[1], width) * scale)
         self.norm_pre = nn.LayerNorm(width, eps) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(width, config.heads, config.mlp_width, config.activation, eps) for _ in range(int(config.layers))  # type: ignore[arg-type]
+            Block(width, config.heads, config.mlp_width, config.activation, eps) for _ in range(config.depth)
         )
         self.norm_post = nn.LayerNorm(width, eps) if config.norm_post else nn.Identity()
         self.pool = AttentionPool(config) if config.pool == "attention" else None
@@ -70,7 +73,7 @@ class VisionTransformer(nn.Module):
         mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         output_layers: Sequence[int] = (),
-        output_attention: Sequence[int] = (),
+        output_attention: Sequence[int | str] = (),
     ) -> TowerOutput:
         """Encode with any of the seams.
 
@@ -85,23 +88,22 @@ class VisionTransformer(nn.Module):
         mask : bool (B, patches), False hides a patch from all other tokens and from the pool
         positions : table used instead of the tower's own, for its grid or for that of these pixels
         output_layers : layers whose output is returned (0 is the first block; negative from the end)
-        output_attention : layers whose attention weights are returned
+        output_attention : layers whose attention weights are returned; "pool" for those of an attention pool
 
         Returns
         -------
         `TowerOutput`
         """
         x = self.stem(pixels)
-        grid: tuple[int, int] | None = (x.shape[2], x.shape[3])
+        grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)
-        table = self._table(self.positions if positions is None else positions, (x.shape[1], *grid)).to(x.dtype)  # type: ignore[misc]
+        table = self._table(self.positions if positions is None else positions, x.shape[1], grid).to(x.dtype)
         x = x + table[self.head :]
         if mask is not None:
             mask = _check_mask(mask, x)
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
             mask = None if mask is None else mask.gather(1, keep)
-            grid = None
         if self.class_token is not None:
             first = (self.class_token + table[0]).to(x.dtype).expand(len(x), 1, -1)
             x = torch.cat([first, x], dim=1)
@@ -112,8 +114,20 @@ class VisionTransformer(nn.Module):
             output_layers=output_layers, output_attention=output_attention,
         )  # fmt: skip
         prefix = self.head + n_prompts
-        patch_mask = None if mask is None else mask[:, self.head :]
-        return TowerOutput(self._pooled(x, prefix, patch_mask), x, layers, maps, prefix, grid)
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(len(mask), prefix), mask[:, self.head :]], dim=1)
+        if self.pool is not None:
+            pooled, weights = self.pool(self.norm_post(x), mask, need_map="pool" in output_attention)
+            if weights is not None:
+                maps["pool"] = weights
+        elif "pool" in output_attention:
+            raise ClipworksError("output_attention 'pool' needs a tower with an attention pool. This one has none.")
+        elif self.config.pool == "class":
+            pooled = self.norm_post(x[:, 0])
+        else:
+            pooled = masked_mean(self.norm_post(x[:, prefix:]), None if mask is None else mask[:, prefix:])
+        return TowerOutput(self.projection(pooled), x, layers, maps, prefix,
+                           grid if keep is None else None, self.class_token is not None)  # fmt: skip
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of any layer (..., width) into the joint space (..., dim), each as if it were the pooled one.
@@ -123,27 +137,12 @@ class VisionTransformer(nn.Module):
         """
         x = self.norm_post(tokens)
         if self.pool is not None:
-            x = self.pool(x.reshape(-1, 1, x.shape[-1])).reshape(x.shape)
+            x = self.pool(x.reshape(-1, 1, x.shape[-1]))[0].reshape(x.shape)
         return self.projection(x)
 
-    def _pooled(self, x: torch.Tensor, prefix: int, mask: torch.Tensor | None) -> torch.Tensor:
-        if self.pool is not None:
-            if mask is not None:
-                mask = torch.cat([mask.new_ones(len(x), prefix), mask], dim=1)
-            return self.projection(self.pool(self.norm_post(x), mask))
-        if self.config.pool == "class":
-            return self.projection(self.norm_post(x[:, 0]))
-        x = self.norm_post(x[:, prefix:])
-        if mask is None:
-            return self.projection(x.mean(1))
-        share = mask.to(x.dtype) / mask.sum(1, keepdim=True)
-        return self.projection((x * share[:, :, None]).sum(1))
-
-    def _table(self, table: torch.Tensor, tokens: tuple[int, int, int]) -> torch.Tensor:
-        count, grid = tokens[0] + self.head, tokens[1:]
-        if grid == self.grid or (table is not self.positions and table.shape[0] == count):
-            if table.shape[0] != count:
-                raise ClipworksError(f"positions must have {count} rows for a grid of {grid}. Got {table.shape[0]}.")
+    def _table(self, table: torch.Tensor, cells: int, grid: tuple[int, int]) -> torch.Tensor:
+        """The table for this grid: as it is if it has the rows, else interpolated from the trained grid."""
+        if table.shape[0] == self.head + cells and (grid == self.grid or table is not self.positions):
             return table
         return resize_positions(table, self.grid, grid)
 
