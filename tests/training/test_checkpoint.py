@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from clipworks.training import checkpoint
 from clipworks.training.checkpoint import checkpoints, newest_checkpoint, read_tensors, save_checkpoint
 

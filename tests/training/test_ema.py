@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from clipworks.errors import ClipworksError
 from clipworks.training.ema import EMA
-from torch import nn
 
 
 def _module():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from clipworks.data.item import Item
 from clipworks.errors import BadImage, ClipworksError
 from clipworks.training.feed import Feed, Order, ahead, data_digest, open_pairs, step_generator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+
 from clipworks.training.gather import full_matrix, gather, local_rows, mean_over_processes, processes, rank
 
 from .toy import Pair, gradients, infonce, spawn, vectors

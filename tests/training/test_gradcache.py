@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from clipworks.errors import ClipworksError
 from clipworks.training.gradcache import cached_backward, cut
 

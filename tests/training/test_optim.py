@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from clipworks.errors import ClipworksError
 from clipworks.training.optim import adamw, freeze, parameter_groups, still
-from torch import nn
 
 
 class Tower(nn.Module):

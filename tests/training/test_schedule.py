@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from clipworks.errors import ClipworksError
 from clipworks.training.schedule import learning_rate, warmup_steps
 

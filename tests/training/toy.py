@@ -12,8 +12,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
+from clipworks.encoders.config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
+from clipworks.encoders.encoder import Encoder
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 70, 230), "yellow": (240, 220, 40)}
-SHAPES = ("circle", "square")
+SHAPES = ("square", "cross")
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
@@ -53,10 +56,15 @@ def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def drawing(colour: str, shape: str, rng: np.random.Generator, size: int = 32) -> Image.Image:
     image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(0, 90, 3)))
-    side = int(rng.integers(12, 20))
+    side = int(rng.integers(15, 23))
     left, top = (int(v) for v in rng.integers(2, size - side - 2, 2))
     draw = ImageDraw.Draw(image)
-    (draw.ellipse if shape == "circle" else draw.rectangle)((left, top, left + side, top + side), fill=COLOURS[colour])
+    if shape == "square":
+        draw.rectangle((left, top, left + side, top + side), fill=COLOURS[colour])
+    else:
+        middle, arm = side // 2, side // 8
+        draw.rectangle((left + middle - arm, top, left + middle + arm, top + side), fill=COLOURS[colour])
+        draw.rectangle((left, top + middle - arm, left + side, top + middle + arm), fill=COLOURS[colour])
     return image
 
 
@@ -65,6 +73,39 @@ def drawings(count: int, seed: int = 0) -> list[tuple[Image.Image, str]]:
     rng = np.random.default_rng(seed)
     names = [CLASSES[i % len(CLASSES)] for i in range(count)]
     return [(drawing(*name.split(), rng), f"a photo of a {name}") for name in names]
+
+
+class Words:
+    """A tokenizer of whole words: 1 starts, 2 ends, 0 pads, unknown words are 3."""
+
+    pad_id, eot_id, fixed_length, fingerprint = 0, 2, False, "toy-words"
+    known = ("a", "photo", "of", "the", *COLOURS, *SHAPES)
+    vocab_size = 4 + len(known)
+
+    def encode(self, texts: Any, context_length: int = 8, on_long: str = "truncate") -> tuple[torch.Tensor, int]:
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [[4 + self.known.index(w) if w in self.known else 3 for w in text.lower().split()] for text in texts]
+        cut = sum(len(row) > context_length - 2 for row in rows)
+        rows = [[1, *row[: context_length - 2], 2] for row in rows]
+        width = max(map(len, rows))
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows]), cut
+
+
+def tiny(seed: int = 0, double: bool = False, **changes: Any) -> Encoder:
+    """A two-tower encoder of 32 pixels, width 32, two layers."""
+    config = EncoderConfig(
+        name="tiny", dim=32,
+        vision=VisionConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_width=64, activation="gelu"),
+        text=TextConfig(vocab_size=Words.vocab_size, context_length=8, width=32, layers=2, heads=2, mlp_width=64,
+                        activation="gelu", eot_id=2, tokenizer="toy-words"),
+        preprocess=PreprocessConfig(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)), **changes,
+    )  # fmt: skip
+    encoder = Encoder(config, Words(), seed=seed)
+    return encoder.double() if double else encoder
+
+
+def weights(encoder: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in encoder.state_dict().items()}
 
 
 def spawn(work: Callable[..., None], count: int, *arguments: Any) -> None:

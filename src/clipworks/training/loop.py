@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ import torch
 from ..data.loader import available_cores
 from ..errors import ClipworksError, check_choice, check_range
 from ..progress import Progress
-from .augment import resolve_augment
+from .augment import Augment, resolve_augment
 from .evaluate import Probe, evaluate
 from .feed import Feed, Order, ahead, data_digest, open_pairs
 from .gather import mean_over_processes, processes, rank
@@ -80,7 +80,7 @@ def train(
     model: EncoderConfig | str | Encoder = "clipworks-small",
     *,
     out: str | Path,
-    loss: str = "infonce",
+    loss: str | Callable[..., Any] = "infonce",
     recipe: Recipe | None = None,
     epochs: int = 32,
     steps: int | None = None,
@@ -99,7 +99,7 @@ def train(
     ema: float | None = None,
     freeze: Sequence[str] = (),
     layer_decay: float | None = None,
-    augment: str = "light",
+    augment: str | Augment = "light",
     validation: Any = None,
     names: Sequence[str] | Mapping[str, str] | None = None,
     templates: str | Sequence[str] = "default",
@@ -124,7 +124,7 @@ def train(
     data : anything `open_source` takes (folder, table, webdataset ...), or a list of (image, caption) pairs
     model : configuration to train from scratch, or name, path or encoder to go on from; an encoder is not changed
     out : folder of the run: log.jsonl, checkpoints, model.safetensors, report.json
-    loss : registered loss (`clipworks methods losses`); ignored with a recipe
+    loss : registered loss (`clipworks methods losses`), or a function; a recipe has its own
     recipe : what a step does, see `training.recipe.Recipe`; default: one view, one caption, one loss
     epochs : passes over the data; whole batches only (CLIP: 32)
     steps : optimizer steps instead of epochs
@@ -142,7 +142,7 @@ def train(
     ema : decay of a moving average of the weights, saved as ema.safetensors (0.999 for short runs)
     freeze : shell patterns of parameters that do not learn, for example "text.*"
     layer_decay : factor on the learning rate per layer towards the input (fine-tuning: 0.75)
-    augment : views: "none", "light" (crop of 90 % and more), "standard" (50 %, flip), "strong"
+    augment : views of a recipe-less run: "none", "light" (crop of 90 % and more), "standard" (50 %, flip), "strong"
     validation : set evaluated at the start and during training: labels give zero-shot accuracy, captions recall
     names : class names of the validation labels, or label -> name (default: the labels)
     templates : sentences around the names
@@ -193,10 +193,10 @@ def train(
             layer_decay=layer_decay, betas=betas, eps=eps, ema=ema, pool=pool,
         )  # fmt: skip
         settings = {
-            "recipe": type(recipe).__name__, "loss": loss, **getattr(recipe, "settings", {}), "total": total,
+            "recipe": type(recipe).__name__, **getattr(recipe, "settings", {}), "total": total,
             "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule,
             "end_lr": end_lr, "clip": clip, "precision": precision, "ema": ema, "freeze": list(freeze),
-            "layer_decay": layer_decay, "augment": str(augment), "seed": seed, "data": data_digest(items),
+            "layer_decay": layer_decay, "seed": seed, "data": data_digest(items),
         }  # fmt: skip
         first = run.resume(settings, resume)
         feed = Feed(items, order, recipe, rank(), processes(), on_error)

@@ -70,6 +70,11 @@ class ContrastiveRecipe:
         self.encoder: Encoder | None = None
         self.pool: Executor | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it continues; plain JSON values."""
+        return {"loss": self.loss_name, "options": repr(self.options), "augment": repr(self.augment)}
+
     def bind(self, encoder: Encoder, pool: Executor | None) -> None:
         """Give the recipe the encoder (its tokenizer and preprocessing) and the decoding threads, before training."""
         # past nn.Module, which would register the encoder as a part of the recipe
@@ -96,6 +101,7 @@ class ContrastiveRecipe:
         found = {
             "image": encoder.encode_image(batch["pixels"]),
             "text": encoder.encode_text(batch["tokens"]),
+            # () also where sharding keeps the parameter as a vector of one
             "scale": encoder.log_scale.exp().reshape(()),
         }
         if encoder.bias is not None and "bias" in inspect.signature(self.loss).parameters:

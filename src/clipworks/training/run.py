@@ -50,11 +50,14 @@ def resolve_model(model: Any, seed: int) -> Encoder:
     if isinstance(model, Encoder):
         return copy.deepcopy(model)
     if isinstance(model, EncoderConfig):
-        from ..encoders.loading import build
+        from ..encoders.tokenizers.bpe import CLIPTokenizer
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return build(model)
+        if model.text.tokenizer != "clip-bpe":
+            raise ClipworksError(
+                f"model is a configuration with the tokenizer {model.text.tokenizer!r}. Only 'clip-bpe' is known by "
+                "name; give an Encoder(config, tokenizer) instead."
+            )
+        return Encoder(model, CLIPTokenizer(model.text.pad_id), seed=seed)
     from ..encoders.loading import load
 
     return load(model)
