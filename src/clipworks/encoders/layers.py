@@ -18,8 +18,9 @@ from torch import nn
 from ..errors import ClipworksError, check_choice, check_range
 from .positions import resize_positions, rotary, stretch_positions
 
-__all__ = ["MLP", "Attention", "Block", "QuickGELU", "TowerOutput", "activation", "layer_index", "masked_mean",
-           "put_prompts", "resize_positions", "rotary", "run_blocks", "stretch_positions", "swap"]  # fmt: skip
+__all__ = ["MLP", "Attention", "Block", "QuickGELU", "TowerOutput", "activation", "check_mask",
+           "layer_index", "masked_mean", "put_prompts", "resize_positions", "rotary", "run_blocks",
+           "stretch_positions", "swap", "wide"]  # fmt: skip
 
 Rule: TypeAlias = "str | torch.Tensor | Callable[..., torch.Tensor]"
 RULES = ("qk", "vv", "kk", "qq", "identity")
@@ -134,15 +135,17 @@ class Attention(nn.Module):
         """
         context = x if context is None else context
         q, k, v = self.split(self.q(x)), self.split(self.k(context)), self.split(self.v(context))
-        usual = rule is None or (isinstance(rule, str) and rule == "qk")
-        if causal and (mask is not None or need_map or not usual):
-            seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-            # a token always sees itself, so that no row is empty
-            mask = seen if mask is None else (seen & mask) | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-            causal = False
-        weights = attention_weights(rule or "qk", q, k, v, mask) if need_map or not usual else None
+        rule = "qk" if rule is None else rule
+        usual = isinstance(rule, str) and rule == "qk"
+        visible = mask
+        if causal:
+            visible = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            if mask is not None:  # a token always sees itself, so that no row is empty
+                visible = (visible & mask) | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        weights = attention_weights(rule, q, k, v, visible) if need_map or not usual else None
         if usual or weights is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            fused = causal and mask is None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if fused else visible, is_causal=fused)
         else:
             y = weights.to(v.dtype) @ v
         return self.out(y.transpose(1, 2).flatten(2)), weights if need_map else None
@@ -151,7 +154,7 @@ class Attention(nn.Module):
 def attention_weights(
     rule: Rule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Weights of a rule, in float32.
+    """Weights of a rule, at least in float32.
 
     Parameters
     ----------
@@ -174,7 +177,7 @@ def attention_weights(
                 f"attention must be an affinity of shape ({n}, {n}), (B, {n}, {n}) or (B, heads, {n}, {n}) for "
                 f"{n} tokens, class token and prompts included. Got shape {tuple(rule.shape)}."
             )
-        return weights.to(q.device, torch.float32).expand(*q.shape[:2], -1, -1)
+        return wide(weights.to(q.device)).expand(*q.shape[:2], -1, -1)
     if callable(rule):
         return rule(q, k, v, mask)
     if rule.startswith("mixed:"):
@@ -184,10 +187,10 @@ def attention_weights(
     for name in rule.split("+"):
         check_choice("attention", name, RULES)
         if name == "identity":
-            part = torch.eye(n, device=q.device).expand(*q.shape[:2], -1, -1)
+            part = wide(torch.eye(n, dtype=q.dtype, device=q.device)).expand(*q.shape[:2], -1, -1)
         else:
             left, right = ({"q": q, "k": k, "v": v}[letter] for letter in name)
-            logits = left.float() @ right.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+            logits = wide(left) @ wide(right).transpose(-2, -1) * q.shape[-1] ** -0.5
             part = (logits if mask is None else logits.masked_fill(~mask, -torch.inf)).softmax(-1)
         total = part + total
     return torch.as_tensor(total)
@@ -232,12 +235,17 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)), weights
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Half precision becomes float32, the rest stays: for sums, softmax and norms."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def masked_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the tokens of (B, N, width) that `mask` (B, N) does not hide, in float32."""
+    """Mean over the tokens of (B, N, width) that `mask` (B, N) does not hide."""
     if mask is None:
-        return x.float().mean(1).to(x.dtype)
-    share = mask / mask.sum(1, keepdim=True)
-    return (x * share[:, :, None]).sum(1).to(x.dtype)
+        return wide(x).mean(1).to(x.dtype)
+    total = wide(x).masked_fill(~mask[:, :, None], 0).sum(1)
+    return (total / mask.sum(1, keepdim=True)).to(x.dtype)
 
 
 def layer_index(argument: str, layer: int | str, depth: int) -> int:
@@ -245,6 +253,16 @@ def layer_index(argument: str, layer: int | str, depth: int) -> int:
     if not isinstance(layer, int) or not -depth <= layer < depth:
         raise ClipworksError(f"{argument} must name layers from 0 to {depth - 1} (or -{depth} to -1). Got {layer!r}.")
     return layer % depth
+
+
+def check_mask(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`mask` as bool, after checking that it fits `x` (B, N, width) and leaves a token in every row."""
+    if tuple(mask.shape) != tuple(x.shape[:2]):
+        raise ClipworksError(f"mask must have the shape {tuple(x.shape[:2])} (batch, tokens). Got {tuple(mask.shape)}.")
+    mask = mask.bool()
+    if not bool(mask.any(1).all()):
+        raise ClipworksError("mask hides every token of at least one row; leave at least one.")
+    return mask
 
 
 def put_prompts(x: torch.Tensor, prompts: torch.Tensor, head: int, old: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ def resize_positions(
     prefix = table.shape[0] - old_grid[0] * old_grid[1]
     if prefix < 0:
         raise ClipworksError(f"old_grid {tuple(old_grid)} has more cells than the table has rows ({table.shape[0]}).")
-    cells = table[prefix:].float().T.reshape(1, -1, *old_grid)
+    cells = table[prefix:].T.reshape(1, -1, *old_grid).to(torch.promote_types(table.dtype, torch.float32))
     cells = F.interpolate(cells, tuple(new_grid), mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([table[:prefix], cells.flatten(2)[0].T.to(table.dtype)])
 
@@ -90,12 +90,12 @@ def rotary(grid: tuple[int, int] | int, prefix: int = 0, theta: float = 100.0) -
                 f"rotary positions need heads of a multiple of {2 * len(spans)} channels. Got {channels}."
             )
         pairs = channels // (2 * len(spans))
-        speed = theta ** (-torch.arange(pairs, device=device) / pairs)
+        speed = theta ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
         turned = torch.cat([s.flatten().to(device)[:, None] * speed for s in spans], dim=1)
         return F.pad(turned, (0, 0, prefix, 0))
 
     def turn(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        a, b = x.to(angle.dtype).unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = angle.cos(), angle.sin()
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ClipworksError
 from .config import TextConfig
-from .layers import Block, Rule, TowerOutput, masked_mean, put_prompts, run_blocks
+from .layers import Block, Rule, TowerOutput, check_mask, masked_mean, put_prompts, run_blocks
 
 
 class TextTransformer(nn.Module):
@@ -91,6 +91,7 @@ class TextTransformer(nn.Module):
         elif self.config.pool == "eot" and eot is None:
             raise ClipworksError("embeddings need eot, the position of the end token in every row. Got None.")
         x = self.tokens(tokens) if embeddings is None else embeddings.to(self.positions.dtype)
+        mask = None if mask is None else check_mask(mask, x)
         n_prompts = 0
         if 0 in prompts:
             length, x = x.shape[1], put_prompts(x, prompts.pop(0), 1, 0)

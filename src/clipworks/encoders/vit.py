@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ClipworksError
 from .config import VisionConfig
-from .layers import MLP, Attention, Block, Rule, TowerOutput, masked_mean, resize_positions, run_blocks
+from .layers import MLP, Attention, Block, Rule, TowerOutput, check_mask, masked_mean, resize_positions, run_blocks
 from .stems import build_stem
 
 
@@ -96,12 +96,13 @@ class VisionTransformer(nn.Module):
         """
         x = self.stem(pixels)
         grid = (x.shape[2], x.shape[3])
-        x = x.flatten(2).transpose(1, 2)
+        x = x.flatten(2).transpose(1, 2).contiguous()
         table = self._table(self.positions if positions is None else positions, x.shape[1], grid).to(x.dtype)
         x = x + table[self.head :]
         if mask is not None:
-            mask = _check_mask(mask, x)
+            mask = check_mask(mask, x)
         if keep is not None:
+            _check_keep(keep, x)
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
             mask = None if mask is None else mask.gather(1, keep)
         if self.class_token is not None:
@@ -142,15 +143,24 @@ class VisionTransformer(nn.Module):
 
     def _table(self, table: torch.Tensor, cells: int, grid: tuple[int, int]) -> torch.Tensor:
         """The table for this grid: as it is if it has the rows, else interpolated from the trained grid."""
+        trained = self.head + self.grid[0] * self.grid[1]
+        if table.shape[0] not in (trained, self.head + cells):
+            raise ClipworksError(
+                f"positions must have {self.head + cells} rows, one per token of these images, or {trained} as the "
+                f"tower's own. Got {table.shape[0]}."
+            )
         if table.shape[0] == self.head + cells and (grid == self.grid or table is not self.positions):
             return table
         return resize_positions(table, self.grid, grid)
 
 
-def _check_mask(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    if tuple(mask.shape) != tuple(x.shape[:2]):
-        raise ClipworksError(f"mask must have the shape {tuple(x.shape[:2])} (batch, tokens). Got {tuple(mask.shape)}.")
-    mask = mask.bool()
-    if not bool(mask.any(1).all()):
-        raise ClipworksError("mask hides every token of at least one row; leave at least one.")
-    return mask
+def _check_keep(keep: torch.Tensor, x: torch.Tensor) -> None:
+    if keep.ndim != 2 or len(keep) != len(x) or keep.is_floating_point():
+        raise ClipworksError(
+            f"keep must have the shape ({len(x)}, n) and hold integers. Got {keep.dtype} of shape {tuple(keep.shape)}."
+        )
+    # on a GPU the check would wait for the device at every training step; there the kernel itself stops
+    if keep.device.type == "cpu" and keep.numel() and not 0 <= int(keep.min()) <= int(keep.max()) < x.shape[1]:
+        raise ClipworksError(
+            f"keep must hold patch numbers from 0 to {x.shape[1] - 1}. Got {int(keep.min())} to {int(keep.max())}."
+        )
