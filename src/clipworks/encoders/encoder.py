@@ -303,7 +303,7 @@ class Encoder(nn.Module):
         Cached until a weight changes in place or is replaced; after writing through `.data` call `refresh`.
         """
         state = self.state_dict(keep_vars=True)
-        key = (self.config, self.precision, id(self.tokenizer), self._preprocess_key(),
+        key = (self.config, self.precision, id(self.tokenizer), self._preprocess_key(), self._structure(),
                tuple((t.data_ptr(), t._version) for t in state.values()))  # fmt: skip
         if self._hash is None or self._hash[0] != key:
             self._hash = (key, self._digest(state))
@@ -317,12 +317,17 @@ class Encoder(nn.Module):
     def _preprocess_key(self) -> str:
         return str(getattr(self.preprocess, "fingerprint", "") or self.config.preprocess)
 
+    def _structure(self) -> str:
+        # names of classes only: unlike a module's text form they do not change between versions of torch
+        return " ".join(f"{name}:{type(module).__name__}" for name, module in self.named_modules())
+
     def _digest(self, state: dict[str, torch.Tensor]) -> str:
         record = {
             "config": self.config.to_dict(),
             "preprocess": self._preprocess_key(),
             "tokenizer": getattr(self.tokenizer, "fingerprint", "none"),
             "precision": self.precision,
+            "structure": self._structure(),
         }
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
         for name in sorted(state):
