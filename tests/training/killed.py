@@ -19,5 +19,5 @@ if __name__ == "__main__":
     from clipworks.training.loop import train
     from training.toy import drawings, infonce, tiny
 
-    train(drawings(96), tiny(), out=out, loss=infonce, epochs=10, batch_size=16, micro_batch=6, lr=1e-3, ema=0.9, clip=1.0,
-          augment="standard", save_every=3, log_every=1, timeout=20, device="cpu", workers=1)  # fmt: skip
+    train(drawings(96), tiny(), out=out, loss=infonce, epochs=10, batch_size=16, micro_batch=6, lr=1e-3, ema=0.9,
+          clip=1.0, augment="standard", save_every=3, log_every=1, timeout=20, device="cpu", workers=1)  # fmt: skip

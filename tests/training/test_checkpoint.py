@@ -55,7 +55,7 @@ def test_damaged_newest_falls_back_with_a_message(tmp_path, damage, says):
 def test_nothing_usable_is_none(tmp_path):
     assert newest_checkpoint(tmp_path / "absent") is None
     _save(tmp_path, 1).with_suffix(".safetensors").unlink()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="trying the one before"):
         assert newest_checkpoint(tmp_path) is None
 
 

@@ -237,7 +237,7 @@ def test_a_diverging_run_says_so(tmp_path):
     def nan(image, text, scale):
         return infonce(image, text, scale) * float("nan")
 
-    with pytest.raises(ClipworksError, match="the loss is nan at step 1. Lower lr"):
+    with pytest.raises(ClipworksError, match=r"the loss is nan at step 1\. Lower lr"):
         _train(tmp_path, loss=nan)
 
 
@@ -260,20 +260,32 @@ def test_mistakes_are_named(tmp_path, change, says):
         _train(tmp_path, **change)
 
 
+class SameWords(ContrastiveRecipe):
+    """Rows of a batch with the same caption are all right answers: few classes make many of them."""
+
+    def __init__(self):
+        super().__init__(same_words)
+
+    def batch(self, items, step, rng):
+        places = {words: i for i, words in enumerate(sorted({item.caption for item in items}))}
+        return super().batch(items, step, rng) | {"group": torch.tensor([places[item.caption] for item in items])}
+
+    def features(self, encoder, batch):
+        return super().features(encoder, batch) | {"group": batch["group"]}
+
+
+def same_words(image, text, scale, group):
+    target = (group[:, None] == group).float()
+    target /= target.sum(1, keepdim=True)
+    logits, cross = scale * image @ text.T, nn.functional.cross_entropy
+    return (cross(logits, target) + cross(logits.T, target)) / 2
+
+
 def test_classes_of_coloured_shapes_are_learned(tmp_path):
-    """Eight classes in distinct batches: InfoNCE reaches 100 % zero-shot on fresh drawings."""
+    """Eight classes of colour and shape reach 100 % zero-shot on fresh drawings (chance 12.5 %)."""
     fresh = enumerate(drawings(400, 7))
     held = [Item(str(i), image, label=words.removeprefix("a photo of a ")) for i, (image, words) in fresh]
-    report = train(drawings(2000), tiny(), out=tmp_path, loss=same_words, epochs=5, batch_size=64, lr=2e-3, augment="none",
-                   validation=held, names=CLASSES, templates="a photo of a {}", evaluate_every=10**6, device="cpu")  # fmt: skip
+    report = train(drawings(1600), tiny(), out=tmp_path, recipe=SameWords(), epochs=5, batch_size=32, lr=2e-3,
+                   validation=held, names=CLASSES, templates="a photo of a {}", evaluate_every=999, device="cpu")  # fmt: skip
     assert report.before["zeroshot_accuracy"] < 40
-    assert report.metrics["zeroshot_accuracy"] == 100.0
-
-
-def same_words(image, text, scale):
-    """InfoNCE in which all rows with the same words are right answers."""
-    logits = scale * image @ text.T
-    alike = (text @ text.T > 1 - 1e-5).float()
-    target = alike / alike.sum(1, keepdim=True)
-    cross = nn.functional.cross_entropy
-    return (cross(logits, target) + cross(logits.T, target)) / 2
+    assert report.metrics["zeroshot_accuracy"] >= 99.5  # 100 where it was written; rounding may move one drawing

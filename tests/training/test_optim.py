@@ -56,6 +56,9 @@ def test_freeze_by_pattern():
     assert set(frozen) == {n for n, p in module.named_parameters() if not p.requires_grad}
     assert "visual.blocks.2.1.weight" not in frozen
     assert set(_flat(parameter_groups(module.named_parameters()))).isdisjoint(frozen)
+    assert set(freeze(Names(), ["*", "!*.projection.*"])) == {
+        n for n, _ in Names().named_parameters() if ".projection." not in n
+    }
     with pytest.raises(ClipworksError, match=r"Nothing matches 'textt\.\*'"):
         freeze(module, "textt.*")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -20,8 +21,8 @@ def test_cosine_facts():
     assert rates[9] == rates[10] == pytest.approx(5e-4)
     assert rates[55] == pytest.approx(0.5 * 5e-4 * (1 + math.cos(math.pi * 45 / 90)))
     assert rates[-1] < 5e-4 * 1e-3
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    assert all(a < b for a, b in pairwise(rates[:10]))
 
 
 def test_constant_linear_and_ends():

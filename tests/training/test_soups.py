@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
+
 from clipworks.errors import ClipworksError
 from clipworks.training.soups import greedy_soup, uniform_soup
-from torch import nn
 
 
 def _state(value):

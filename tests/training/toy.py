@@ -55,7 +55,7 @@ def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def drawing(colour: str, shape: str, rng: np.random.Generator, size: int = 32) -> Image.Image:
-    image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(0, 90, 3)))
+    image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(0, 50, 3)))
     side = int(rng.integers(15, 23))
     left, top = (int(v) for v in rng.integers(2, size - side - 2, 2))
     draw = ImageDraw.Draw(image)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..data.folder import FolderSource
 from ..data.item import Item
 from ..data.sources import open_source
 from ..errors import BadImage, ClipworksError
@@ -26,11 +27,17 @@ T = TypeVar("T")
 
 
 def open_items(data: Any, argument: str = "data") -> list[Item]:
-    """Return the items of anything `open_source` takes, or of a list of (image, caption) pairs."""
+    """Return the items of anything `open_source` takes, or of a list of (image, caption) pairs.
+
+    A folder without captions gives the names of its subfolders as labels.
+    """
     if isinstance(data, list | tuple) and data and isinstance(data[0], list | tuple):
         items = [Item(str(i), image, caption=caption) for i, (image, caption) in enumerate(data)]
     else:
-        items = list(open_source(data))
+        source = open_source(data)
+        items = list(source)
+        if isinstance(source, FolderSource) and not any(item.caption or item.label for item in items):
+            items = list(open_source(source.root, kind="folder", label_from="folder"))
     if not items:
         raise ClipworksError(f"{argument} holds no images.")
     return items

@@ -26,7 +26,7 @@ from ..errors import ClipworksError, check_choice, check_range
 from ..progress import Progress
 from .augment import Augment, resolve_augment
 from .evaluate import Probe, evaluate
-from .feed import Feed, Order, ahead, data_digest, open_pairs
+from .feed import Feed, Order, ahead, data_digest, open_items, open_pairs
 from .gather import mean_over_processes, processes, rank
 from .gradcache import cached_backward
 from .log import Log
@@ -54,6 +54,7 @@ class TrainReport:
     seconds, pairs_per_second, wait_share : time of this call, its speed, the share spent waiting for data
     replaced : key -> reason of images that could not be used
     encoder : the trained encoder
+    parts : the trained parameters of a recipe that has some, by name
     """
 
     out: str
@@ -69,10 +70,11 @@ class TrainReport:
     wait_share: float = 0.0
     replaced: dict[str, str] = field(default_factory=dict)
     encoder: Encoder | None = field(default=None, repr=False)
+    parts: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the encoder, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if name != "encoder"}
+        """Everything but the weights, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("encoder", "parts")}
 
 
 def train(
@@ -100,7 +102,7 @@ def train(
     freeze: Sequence[str] = (),
     layer_decay: float | None = None,
     augment: str | Augment = "light",
-    validation: Any = None,
+    validation: str | Any = None,
     names: Sequence[str] | Mapping[str, str] | None = None,
     templates: str | Sequence[str] = "default",
     evaluate_every: int | None = None,
@@ -122,7 +124,7 @@ def train(
     Parameters
     ----------
     data : anything `open_source` takes (folder, table, webdataset ...), or a list of (image, caption) pairs
-    model : configuration to train from scratch, or name, path or encoder to go on from; an encoder is not changed
+    model : configuration (or JSON file of one) to train from scratch; name, weights file or encoder to go on from
     out : folder of the run: log.jsonl, checkpoints, model.safetensors, report.json
     loss : registered loss (`clipworks methods losses`), or a function; a recipe has its own
     recipe : what a step does, see `training.recipe.Recipe`; default: one view, one caption, one loss
@@ -177,7 +179,7 @@ def train(
         check_range(name, value, 1)
     check_range("lr", lr, 0)
     accelerator = start_processes(device, timeout)
-    items = open_pairs(data)
+    items = open_pairs(data) if getattr(recipe, "captions", True) else open_items(data)
     probe = None if validation is None else Probe.open(validation, names, templates)
     order = Order(len(items), batch_size, seed)
     total = order.steps_per_epoch * epochs if steps is None else int(check_range("steps", steps, 1))

@@ -23,12 +23,13 @@ def freeze(module: nn.Module, patterns: str | Sequence[str], prefix: str = "") -
     Parameters
     ----------
     module : the module
-    patterns : shell patterns on parameter names, for example "visual.*", "text.blocks.[0-3].*", "*.positions"
+    patterns : shell patterns on parameter names, for example "visual.*", "text.blocks.[0-3].*", "*.positions"; they
+        are taken in order, and one that begins with "!" lets its parameters learn again: "*", "!text.projection.*"
     prefix : left out of the names before matching
 
     Returns
     -------
-    list of the names that were frozen
+    list of the names that are frozen at the end
 
     Raises
     ------
@@ -37,16 +38,17 @@ def freeze(module: nn.Module, patterns: str | Sequence[str], prefix: str = "") -
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     names = {name.removeprefix(prefix): parameter for name, parameter in module.named_parameters()}
-    frozen = []
+    frozen: dict[str, None] = {}
     for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
+        found = fnmatch.filter(names, pattern.removeprefix("!"))
         if not found:
             shown = closest(pattern, names) or f" Names look like {', '.join(map(repr, list(names)[:3]))}."
             raise ClipworksError(f"freeze must match parameter names. Nothing matches {pattern!r}.{shown}")
         for name in found:
-            names[name].requires_grad_(False)
-        frozen += found
-    return frozen
+            learns = pattern.startswith("!")
+            names[name].requires_grad_(learns)
+            frozen.pop(name, None) if learns else frozen.setdefault(name)
+    return list(frozen)
 
 
 def still(module: nn.Module) -> None:

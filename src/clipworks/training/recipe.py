@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 
 class Recipe(Protocol):
-    """What the loop needs. A recipe with parameters of its own is an `nn.Module`; they are trained and saved too."""
+    """What the loop needs.
+
+    A recipe with parameters of its own is an `nn.Module`; they are trained and saved too. Optional attributes:
+    `split` (it has the two halves), `captions = False` (it needs no words), `settings` (JSON values that a resumed
+    run must share), `bind(encoder, pool)` (called once before training).
+    """
 
     def batch(self, items: Sequence[Item], step: int, rng: np.random.Generator) -> dict[str, Any]:
         """Turn this process's items of one step into tensors whose first dimension is the sample.
@@ -104,8 +109,9 @@ class ContrastiveRecipe:
             # () also where sharding keeps the parameter as a vector of one
             "scale": encoder.log_scale.exp().reshape(()),
         }
-        if encoder.bias is not None and "bias" in inspect.signature(self.loss).parameters:
-            found["bias"] = encoder.bias.reshape(())
+        bias: Any = encoder.bias
+        if bias is not None and "bias" in inspect.signature(self.loss).parameters:
+            found["bias"] = bias.reshape(())
         return found
 
     def losses(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

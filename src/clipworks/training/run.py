@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -43,10 +44,12 @@ def start_processes(device: str, timeout: float) -> Any:
 
 
 def resolve_model(model: Any, seed: int) -> Encoder:
-    """Return an encoder that may be changed: a copy of the one given, a fresh one of a configuration, or loaded."""
+    """Return an encoder that may be changed: a copy, a fresh one of a configuration (or its JSON file), or loaded."""
     from ..encoders.config import EncoderConfig
     from ..encoders.encoder import Encoder
 
+    if isinstance(model, str | Path) and str(model).endswith(".json"):
+        model = EncoderConfig.from_dict(json.loads(Path(model).read_text(encoding="utf-8")))
     if isinstance(model, Encoder):
         return copy.deepcopy(model)
     if isinstance(model, EncoderConfig):
@@ -215,7 +218,9 @@ class Run:
         if self.average is not None:
             weights = {"ema": self.average.state} | weights  # the model last: its encoder is handed over
         for file, state in weights.items():
-            full = {n.removeprefix("encoder."): whole(v) for n, v in state.items() if n.startswith("encoder.")}
+            everything = {n: whole(v) for n, v in state.items()}
+            full = {n.removeprefix("encoder."): v for n, v in everything.items() if n.startswith("encoder.")}
+            report.parts = {n.removeprefix("recipe."): v for n, v in everything.items() if n.startswith("recipe.")}
             own = self.encoder.state_dict()
             self.encoder.load_state_dict({n: v.reshape(own[n].shape) for n, v in full.items()})
             self.encoder.refresh()

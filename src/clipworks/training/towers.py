@@ -88,7 +88,8 @@ def shard(towers: Towers) -> nn.Module:
         if isinstance(part, nn.ModuleList) and name.endswith("blocks"):
             for block in part:
                 fully_shard(block, mesh=mesh)
-    return fully_shard(towers, mesh=mesh)
+    fully_shard(towers, mesh=mesh)  # in place: the module gets a class that shards
+    return towers
 
 
 def unsynchronised(model: Any) -> AbstractContextManager:
