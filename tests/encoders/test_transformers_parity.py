@@ -207,3 +207,65 @@ def test_bert_with_mean_pooling():
         unit = torch.nn.functional.normalize(mean, dim=-1)
         torch.testing.assert_close(ours.encode_text(tokens), unit, atol=1e-5, rtol=0)
         torch.testing.assert_close(ours.encode_text(tokens, normalize=False), mean, atol=1e-5, rtol=1e-5)
+
+
+PUBLISHED = {
+    "ViT-B/32": (EncoderConfig(), 151_277_313),
+    "ViT-L/14": (
+        EncoderConfig(
+            dim=768,
+            vision=VisionConfig(patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096),
+            text=TextConfig(width=768, heads=12, mlp_width=3072),
+        ),
+        427_616_513,
+    ),
+    "RN50": (
+        EncoderConfig(
+            dim=1024,
+            vision=VisionConfig(
+                kind="resnet",
+                width=64,
+                layers=(3, 4, 6, 3),
+                heads=32,
+                pool="attention",
+                class_token=False,
+                activation="relu",
+            ),
+        ),
+        102_007_137,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_openai_shapes_have_the_published_number_of_weights(name):
+    config, count = PUBLISHED[name]
+    with torch.device("meta"):
+        encoder = Encoder(config, seed=None)
+    assert sum(p.numel() for p in encoder.parameters()) == count
+
+
+def test_siglip_so400m_has_as_many_weights_as_theirs():
+    shape = dict(width=1152, layers=27, heads=16, mlp_width=4304, activation="gelu_tanh", norm_eps=1e-6)
+    vision = VisionConfig(
+        **shape,
+        image_size=384,
+        patch_size=14,
+        pool="attention",
+        class_token=False,
+        norm_pre=False,
+        patch_bias=True,
+        projection=False,
+    )
+    text = TextConfig(
+        **shape, vocab_size=32000, context_length=64, causal=False, pool="last", projection_bias=True
+    )
+    their = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+    with torch.device("meta"):
+        ours = Encoder(EncoderConfig("so", 1152, vision, text, logit_bias=-10.0), seed=None)
+        theirs = transformers.SiglipModel(
+            transformers.SiglipConfig(
+                vision_config={**their, "image_size": 384, "patch_size": 14}, text_config=their
+            )
+        )
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
