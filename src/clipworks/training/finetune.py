@@ -216,8 +216,8 @@ def finetune(
         report = train(
             items, encoder, out=out / f"stage-{number}", recipe=recipe, epochs=stage.epochs, batch_size=size,
             micro_batch=micro_batch, lr=stage.lr, weight_decay=stage.weight_decay, warmup=stage.warmup, clip=clip,
-            freeze=_freeze(stage, encoder), layer_decay=layer_decay, precision=precision, distributed=distributed, device=device,
-            workers=workers, on_error=on_error, seed=seed, resume=resume, progress=progress,
+            freeze=_freeze(stage, encoder), layer_decay=layer_decay, precision=precision, distributed=distributed,
+            device=device, workers=workers, on_error=on_error, seed=seed, resume=resume, progress=progress,
         )  # fmt: skip
         reports.append(report.as_dict())
         encoder = report.encoder  # type: ignore[assignment]

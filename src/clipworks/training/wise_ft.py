@@ -88,7 +88,7 @@ def check_alike(*states: Mapping[str, torch.Tensor]) -> None:
     first = states[0]
     for number, state in enumerate(states[1:], 2):
         if odd := sorted(set(first) ^ set(state)):
-            raise ClipworksError(f"weights must have the same names. {odd[0]!r} is in one of number 1 and {number} only.")
+            raise ClipworksError(f"weights must have the same names. {odd[0]!r} is in one of 1 and {number} only.")
         for name, value in first.items():
             if state[name].shape != value.shape:
                 shapes = f"{tuple(value.shape)} in number 1 and {tuple(state[name].shape)} in number {number}"
