@@ -12,6 +12,9 @@ extra=${2:-}
 version=2.13.0
 cpu_index=https://download.pytorch.org/whl/cpu
 
+log=$(mktemp)
+constraint=$(mktemp)
+trap 'rm -f "$log" "$constraint"' EXIT
 say() { echo "install: $*" >&2; }
 stop() { say "$@"; exit 1; }
 
@@ -22,7 +25,7 @@ if [ ! -x "$venv/bin/python" ]; then
         || stop "no virtual environment could be made in $venv (on Debian: apt install python3-venv)"
 fi
 python=$venv/bin/python
-pip() { "$python" -m pip --quiet --disable-pip-version-check "$@"; }
+pip() { "$python" -m pip --quiet --quiet --disable-pip-version-check "$@"; }
 torch_version() { "$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null; }
 
 # pip's plan for the plain wheel, as JSON; true if it holds no NVIDIA package
@@ -37,10 +40,11 @@ plain_is_cpu() {
 }
 
 install_cpu_torch() {
-    pip install "torch==$version+cpu" 2>/dev/null && return
+    pip install "torch==$version+cpu" 2>>"$log" && return
     say "looking for a CPU build of torch at $cpu_index"
-    pip install --retries 1 --timeout 20 "torch==$version+cpu" --extra-index-url "$cpu_index" 2>/dev/null && return
+    pip install --retries 1 --timeout 20 "torch==$version+cpu" --extra-index-url "$cpu_index" 2>>"$log" && return
     if plain_is_cpu; then pip install "torch==$version" && return; fi
+    tail -n 5 "$log" >&2
     stop "no CPU build of torch $version was found, and the default one would bring several GB of CUDA libraries." \
         "Put a wheel of it into a folder and set PIP_FIND_LINKS to that folder, or install the torch of your choice" \
         "with $python -m pip install torch and run this again."
@@ -57,7 +61,5 @@ if [ -z "$(torch_version)" ]; then
 fi
 
 say "installing clipworks${extra:+[$extra]} beside torch $(torch_version)"
-constraint=$(mktemp)
-trap 'rm -f "$constraint"' EXIT
 echo "torch==$(torch_version)" >"$constraint" # nothing below may replace it
 pip install --constraint "$constraint" --editable ".${extra:+[$extra]}"

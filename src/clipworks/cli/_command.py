@@ -115,7 +115,8 @@ def _option(parameter: Parameter) -> inspect.Parameter:
     names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
     if get_origin(kind) is Literal and not all(isinstance(v, str) for v in get_args(kind)):
         kind = str
-    option = typer.Option(*names, help=parameter.help, show_default=parameter.default or False)
+    text = f"{parameter.help} [default: {parameter.default}]" if parameter.default else parameter.help
+    option = typer.Option(*names, help=text.strip(), show_default=False)
     return inspect.Parameter(
         parameter.name,
         inspect.Parameter.KEYWORD_ONLY,

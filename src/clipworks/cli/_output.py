@@ -18,9 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=F
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV.", show_default=False)]
 Sheet = Annotated[
     str | None,
-    typer.Option(
-        "--sheet", metavar="PNG", help="Write the result as a picture (png, jpg, webp).", show_default=False
-    ),
+    typer.Option("--sheet", metavar="PNG", help="Write the result as a picture (png, jpg, webp).", show_default=False),
 ]
 
 
@@ -76,10 +74,7 @@ def table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = [list(columns), *map(list, cells)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     right = [all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
-    rows = [
-        [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
-        for line in lines
-    ]
+    rows = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)] for line in lines]
     rows.insert(1, ["-" * w for w in widths])
     return "\n".join("  ".join(row).rstrip() for row in rows)
 

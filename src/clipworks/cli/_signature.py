@@ -45,9 +45,7 @@ def parameters(target: str) -> dict[str, Parameter]:
     module, name = target.rsplit(".", 1)
     path = PACKAGE / (module.replace(".", "/") + ".py")
     if not path.exists():
-        raise ClipworksError(
-            f"calls must name a function of the package. Got {target!r}: there is no {path.name}."
-        )
+        raise ClipworksError(f"calls must name a function of the package. Got {target!r}: there is no {path.name}.")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     node = next((n for n in tree.body if getattr(n, "name", None) == name), None)
     if node is None:
@@ -82,7 +80,7 @@ def _shown(default: ast.expr | None, constants: dict[str, ast.expr]) -> str | No
         value = ast.literal_eval(default)
     except ValueError:
         return ast.unparse(default)
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ",".join(map(str, value)) or None if isinstance(value, list | tuple) else str(value)
 
 
 def shell_type(annotation: ast.expr | None) -> Any:

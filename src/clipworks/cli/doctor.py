@@ -45,14 +45,10 @@ def examine() -> dict[str, Any]:
     """Return what `doctor` prints; `problems` is empty where the main job can run."""
     needed, optional = requirements()
     versions = {name: version(name) for name in needed}
-    problems = [
-        f"{name} is not installed: pip install {name}" for name, found in versions.items() if not found
-    ]
+    problems = [f"{name} is not installed: pip install {name}" for name, found in versions.items() if not found]
     weights = PACKAGE / "encoders" / "weights" / "clipworks-small.safetensors"
     if not weights.exists():
-        problems.append(
-            "the bundled model is missing here: pip install --force-reinstall --no-deps clipworks"
-        )
+        problems.append("the bundled model is missing here: pip install --force-reinstall --no-deps clipworks")
     device = hardware() if versions.get("torch") else {}
     if version("torchvision") and "+cpu" in version("torch") and "+cpu" not in version("torchvision"):
         problems.append(
@@ -65,9 +61,7 @@ def examine() -> dict[str, Any]:
         **device,
         "model": f"clipworks-small, {weights.stat().st_size / 1e6:.0f} MB" if weights.exists() else "missing",
         "versions": {name: given for name, given in versions.items() if given},
-        "missing": {
-            n: f"pip install 'clipworks[{extra}]'" for n, extra in optional.items() if not version(n)
-        },
+        "missing": {n: f"pip install 'clipworks[{extra}]'" for n, extra in optional.items() if not version(n)},
         "problems": problems,
     }
 

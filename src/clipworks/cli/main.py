@@ -68,14 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # a file name that the terminal cannot show must not stop the work
             stream.reconfigure(errors="backslashreplace")
     try:
-        return build_app(name)(args=words, prog_name="clipworks", standalone_mode=False) or 0
+        code = build_app(name)(args=words, prog_name="clipworks", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        resume = commands[name].resume if name else ""
-        return _fail(f"stopped. {resume}".strip(), 130)
+        code = 130
     except Exception as error:
         if os.environ.get("CLIPWORKS_DEBUG"):
             raise
         return _explain(error, name)
+    if code == 130:
+        return _fail(f"stopped. {commands[name].resume if name else ''}", code)
+    return code
 
 
 def _explain(error: Exception, command: str) -> int:
@@ -84,9 +86,7 @@ def _explain(error: Exception, command: str) -> int:
         return _fail(error.format_message().rstrip(".") + "." + hint, 2)
     if isinstance(error, BadImage | BadWeights | CollectionError):
         return _fail(str(error), 1)
-    if isinstance(
-        error, ClipworksError | FileNotFoundError | FileExistsError | IsADirectoryError | PermissionError
-    ):
+    if isinstance(error, ClipworksError | FileNotFoundError | FileExistsError | IsADirectoryError | PermissionError):
         return _fail(str(error), 2)
     if isinstance(error, OSError):
         return _fail(str(error), 1)
