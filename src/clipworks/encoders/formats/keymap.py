@@ -83,7 +83,7 @@ def take(pairs: Iterable[Pair], theirs: Mapping[str, torch.Tensor], what: str) -
         taken.update(zip(pair.ours, parts, strict=True))
     if missing or left:
         raise BadWeights(
-            f"the tensors do not fit the configuration: missing {_few(missing)}, unexpected {_few(sorted(left))}. {what}"
+            f"the tensors do not fit the configuration: missing {few(missing)}, unexpected {few(sorted(left))}. {what}"
         )
     return taken
 
@@ -109,7 +109,7 @@ def give(pairs: Iterable[Pair], ours: Mapping[str, torch.Tensor], what: str) -> 
         tensor = tensor.reshape((1,) * pair.lead + tuple(tensor.shape))
         given[pair.theirs] = tensor.contiguous()
     if left:
-        raise BadWeights(f"the {what} layout has no place for {_few(sorted(left))} of this encoder.")
+        raise BadWeights(f"the {what} layout has no place for {few(sorted(left))} of this encoder.")
     return given
 
 
@@ -119,5 +119,6 @@ def depth(names: Iterable[str], prefix: str) -> int:
     return len({f for f in found if f.isdigit()})
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first five of a list, for errors."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
