@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from common import record
 
 from clipworks.encoders.config import EncoderConfig
 from clipworks.encoders.encoder import Encoder
 from clipworks.encoders.precision import fast_matmul, fast_matmul_error
 from clipworks.encoders.tokenizers.bpe import CLIPTokenizer
+from common import record
 
 SEED = 0
 NAMES = ("cat", "golden retriever", "fire engine", "bowl of soup", "sailing boat", "barn owl", "violin", "snow plough")

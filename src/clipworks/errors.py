@@ -77,5 +77,6 @@ def need(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtra(
-            f"this needs the library {module!r}, which is not installed. Install it with: pip install 'clipworks[{extra}]'"
+            f"this needs the library {module!r}, which is not installed. "
+            f"Install it with: pip install 'clipworks[{extra}]'"
         ) from error

@@ -30,7 +30,9 @@ class Progress(Generic[T]):
     rate : units per second
     """
 
-    def __init__(self, items: Iterable[T], total: int | None = None, label: str = "", unit=None, enabled: bool | None = None):
+    def __init__(
+        self, items: Iterable[T], total: int | None = None, label: str = "", unit=None, enabled: bool | None = None
+    ):
         self.items, self.total, self.label = items, total, label
         self.unit = unit or (lambda _: 1)
         self.enabled = enabled
@@ -60,7 +62,8 @@ class Progress(Generic[T]):
                 self.done += self.unit(item)
                 self.elapsed = time.perf_counter() - self.started
                 if bar:
-                    bar.update(bar.task_ids[0], completed=self.done, rate=f"{self.rate:.1f}/s", wait=f"data wait {self.wait_share:.0%}")
+                    rate, wait = f"{self.rate:.1f}/s", f"data wait {self.wait_share:.0%}"
+                    bar.update(bar.task_ids[0], completed=self.done, rate=rate, wait=wait)
         finally:
             self.elapsed = time.perf_counter() - self.started
             if bar:
@@ -75,8 +78,8 @@ class Progress(Generic[T]):
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                   TimeRemainingColumn(), TextColumn("{task.fields[wait]}"))  # fmt: skip
+        rate, wait = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[wait]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), wait)
         bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
         bar.add_task(self.label, total=self.total, rate="", wait="")
         bar.start()

@@ -106,7 +106,8 @@ def get_method(name: str, area: str | None = None) -> Any:
     found = [m for m in methods(area) if m.name == name.replace("-", "_")]
     if not found:
         names = [m.name for m in methods(area)]
-        raise ClipworksError(f"method must be a registered name (see `clipworks methods`). Got {name!r}.{closest(name, names)}")
+        hint = closest(name, names)
+        raise ClipworksError(f"method must be a registered name (see `clipworks methods`). Got {name!r}.{hint}")
     if len(found) > 1:
         raise ClipworksError(f"method {name!r} is ambiguous: {', '.join(f'{m.area}/{m.name}' for m in found)}")
     info = found[0]

@@ -60,7 +60,8 @@ class Ranking:
     def as_rows(self) -> list[dict]:
         """One dictionary per hit (rank, key, score, user columns), ready for JSON or a table."""
         extra = self.columns or [{} for _ in self.keys]
-        return [{"rank": i + 1, "key": k, "score": round(float(s), 6), **c} for i, ((k, s), c) in enumerate(zip(self, extra, strict=True))]
+        hits = enumerate(zip(self, extra, strict=True), start=1)
+        return [{"rank": rank, "key": key, "score": round(score, 6), **row} for rank, ((key, score), row) in hits]
 
 
 @dataclass
