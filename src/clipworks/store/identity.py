@@ -1,0 +1,94 @@
+"""Which encoder made a collection: what is recorded, and what differs when another one comes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CollectionError
+
+if TYPE_CHECKING:
+    from ..encoders.encoder import Encoder
+
+DEFAULT = "clipworks-small"
+
+
+def describe(encoder: Encoder, source: str | None = None) -> dict[str, Any]:
+    """What a collection records about its encoder, ready for JSON."""
+    preprocess = encoder.preprocess
+    return {
+        "fingerprint": encoder.fingerprint,
+        "name": encoder.config.name,
+        "source": source or getattr(encoder, "source", None),
+        "dim": encoder.dim,
+        "precision": encoder.precision,
+        "fast": bool(getattr(preprocess, "fast", False)),
+        "preprocess": str(getattr(preprocess, "fingerprint", "")),
+        "tokenizer": str(getattr(encoder.tokenizer, "fingerprint", "none")),
+        "config": encoder.config.to_dict(),
+    }
+
+
+def differences(recorded: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """The fields in which two encoders differ, each as "field: recorded -> given"; the weights if no other does."""
+    ignored = {"fingerprint", "source", "config.name", "name"}
+    one, two = flat(recorded), flat(given)
+    found = [f"{k}: {one.get(k)!r} -> {two.get(k)!r}" for k in sorted({*one, *two} - ignored) if one.get(k) != two.get(k)]
+    plain = [line for line in found if not line.startswith(("preprocess:", "tokenizer:"))]
+    if not plain and found:  # only then is a hash worth showing
+        return [f"{line.split(':')[0]}: rules or files differ" for line in found]
+    return plain or ["weights"]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries with dotted names."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def check_same(path: Any, recorded: dict[str, Any], given: dict[str, Any], remedy: str) -> None:
+    """Refuse an encoder other than the recorded one, with both fingerprints and what differs."""
+    mine, other = recorded.get("fingerprint", ""), given["fingerprint"]
+    if mine == other or not mine:
+        return
+    fields = "; ".join(differences(recorded, given)[:6])
+    raise CollectionError(
+        f"collection {str(path)!r} was made by encoder {recorded.get('name')!r} (fingerprint {mine[:12]}), this is "
+        f"{given['name']!r} (fingerprint {other[:12]}). They differ in {fields}. Vectors of both cannot be compared; {remedy}"
+    )
+
+
+def obtain(
+    encoder: str | Encoder | None, recorded: dict[str, Any] | None = None, precision: str | None = None, fast: bool | None = None
+) -> tuple[Encoder, str | None]:
+    """The encoder to use, and the name it was loaded by.
+
+    Parameters
+    ----------
+    encoder : an encoder, a name or path for `clipworks.load`, or None for the recorded one (the default model for
+        a new collection)
+    recorded : what the collection says of its encoder
+    precision, fast : None keeps the encoder's, or the recorded, ones; an encoder that is given is never changed
+    """
+    recorded = recorded or {}
+    source = encoder if isinstance(encoder, str) else None
+    if encoder is None:
+        source = recorded.get("source") or recorded.get("name") or DEFAULT
+    if source is not None:
+        from ..encoders.loading import load
+
+        precision = precision or recorded.get("precision") or "auto"
+        fast = recorded.get("fast") if fast is None else fast
+        loaded: Encoder = load(source, precision=precision)
+    else:
+        loaded = encoder  # type: ignore[assignment]
+        if precision is not None and precision != loaded.precision:
+            loaded = copy.deepcopy(loaded).to_precision(precision)
+    if fast is not None and fast != getattr(loaded.preprocess, "fast", False):
+        changed = dataclasses.replace(loaded.preprocess, fast=fast)
+        loaded = copy.copy(loaded)
+        loaded.preprocess = changed
+    return loaded, source

@@ -1,0 +1,95 @@
+"""One writer at a time: a lock the operating system gives back when its owner dies, with the owner's name inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO
+
+from ..errors import CollectionError
+
+NAME = "writer.lock"
+
+
+class WriterLock:
+    """Hold `<collection>/writer.lock`; a second writer is refused at once and told who holds it.
+
+    The lock belongs to the open file, not to its existence: a killed writer leaves nothing to clean up.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / NAME
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> WriterLock:
+        try:
+            stream = open(self.path, "a+b")  # noqa: SIM115 - kept open as long as the lock is held
+        except OSError as error:
+            raise CollectionError(f"collection {str(self.path.parent)!r} cannot be written: {error.strerror}.") from error
+        if not _take(stream):
+            stream.close()
+            raise CollectionError(
+                f"collection {str(self.path.parent)!r} is being written by {owner(self.path.parent)}. "
+                "Wait until it is done, or stop it; what it has written so far is kept."
+            )
+        try:
+            stream.seek(0)
+            stream.truncate()
+            stream.write(json.dumps(_myself()).encode())
+            stream.flush()
+        except OSError:  # a full disk: the lock holds all the same, only the name is missing
+            pass
+        self._file = stream
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def owner(folder: Path) -> str | None:
+    """Who holds the lock of a collection, in words; None if nobody does."""
+    path = folder / NAME
+    try:
+        with open(path, "rb") as stream:
+            if _take(stream, shared=True):
+                return None
+            who = json.loads(stream.read() or b"{}")
+    except (OSError, ValueError):
+        return None if not path.exists() else "another process"
+    if not who:
+        return "another process"
+    return f"process {who.get('pid')} on {who.get('host')} since {who.get('since')}"
+
+
+def _myself() -> dict[str, object]:
+    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def _take(stream: IO[bytes], shared: bool = False) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows: one byte far behind the text, so that the owner's name stays readable
+        import msvcrt
+
+        try:
+            stream.seek(1 << 30)
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            if shared:
+                stream.seek(1 << 30)
+                msvcrt.locking(stream.fileno(), msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
+            return True
+        except OSError:
+            return False
+        finally:
+            stream.seek(0)
+    try:
+        fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False

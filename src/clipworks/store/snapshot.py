@@ -1,0 +1,159 @@
+"""A memory-mapped copy of one version of the table, for search: vectors as one matrix, the other columns beside it.
+
+It is derived: made when it is first needed, replaced when the table has changed, made again when it is damaged. Rows
+are sorted by key, so that results do not depend on the order in which rows came. Reading it needs no LanceDB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import CollectionError
+from .journal import newest_manifest, sha256, sync
+from .table import SNAPSHOT, bad_rows, damaged, open_table, read_meta, scan, vectors_of
+
+ROWS, VECTORS, FACTS = "rows.arrow", "vectors.npy", "facts.json"
+
+
+@dataclass
+class Snapshot:
+    """One version of a collection, memory-mapped.
+
+    Attributes
+    ----------
+    version : file name of the manifest it was made from
+    vectors : (rows, dim) float16 or float32
+    table : the other columns, row by row
+    meta : metadata of the collection
+    """
+
+    version: str
+    vectors: np.ndarray
+    table: pa.Table
+    meta: dict[str, Any]
+
+
+def current(path: Path) -> Snapshot:
+    """The snapshot of the newest version, made if need be."""
+    for _ in range(5):
+        version = newest_manifest(path)
+        if version is None:
+            raise CollectionError(f"there is no collection at {str(path)!r}.")
+        found = _read(path / SNAPSHOT / Path(version).stem, version, path)
+        if found is None:
+            found = _make(path, version)
+        if found is not None:
+            return found
+    raise CollectionError(f"collection {str(path)!r} changes too fast to be read; try again when the writer is done.")
+
+
+def _read(folder: Path, version: str, path: Path) -> Snapshot | None:
+    """The snapshot in a folder, or None if it is not there or not whole."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        if any((folder / name).stat().st_size != size for name, (size, _) in facts.items()):
+            return None
+        table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
+        vectors = np.load(folder / VECTORS, mmap_mode="r" if table.num_rows else None, allow_pickle=False)
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    return Snapshot(version, vectors, table, read_meta(table.schema, path))
+
+
+def _make(path: Path, version: str) -> Snapshot | None:
+    """Write the snapshot beside its place and move it there; in a temporary folder where the place is read-only."""
+    place = path / SNAPSHOT
+    try:
+        place.mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".making-", dir=place))
+    except OSError:
+        place, folder = None, Path(tempfile.mkdtemp(prefix="clipworks-"))
+    try:
+        if not _write(path, folder, version):
+            return None
+        if place is None:
+            return _read(folder, version, path)  # the mapping outlives the files
+        target = place / Path(version).stem
+        if target.exists():
+            shutil.rmtree(target, ignore_errors=True)  # it was not whole, or another reader was faster
+        try:
+            os.rename(folder, target)
+        except OSError:
+            pass  # another reader was faster
+        sync(place)
+        for old in place.iterdir():
+            if old.name not in (target.name, folder.name) and not old.name.startswith(".making-"):
+                shutil.rmtree(old, ignore_errors=True)
+        return _read(target, version, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(path: Path, folder: Path, version: str) -> bool:
+    table = open_table(path)
+    if newest_manifest(path) != version:
+        return False
+    schema = table.schema
+    dim, dtype = schema.field("vector").type.list_size, schema.field("vector").type.value_type.to_pandas_dtype()
+    names = [f.name for f in schema if f.name != "vector"]
+    parts = list(scan(table, path, names, row_id=True))
+    rows = pa.Table.from_batches(parts) if parts else schema.remove(schema.get_field_index("vector")).empty_table()
+    ids = rows["_rowid"].to_numpy() if parts else np.empty(0, np.uint64)
+    keys = np.array(rows["key"].to_pylist(), dtype=object)
+    order = np.argsort(keys, kind="stable")
+    place = np.empty(len(order), np.int64)  # row of the table -> row of the snapshot
+    place[order] = np.arange(len(order))
+    by_id = np.argsort(ids, kind="stable")
+    if len(keys):
+        vectors = np.lib.format.open_memmap(folder / VECTORS, mode="w+", dtype=dtype, shape=(len(keys), dim))
+        for batch in scan(table, path, row_id=True):
+            if bad := bad_rows(batch, dim):
+                key = batch.column("key")[bad[0]].as_py()
+                raise damaged(path, {f"row {key!r}": f"does not match its check, nor do {len(bad) - 1} others"})
+            where = by_id[np.searchsorted(ids[by_id], batch.column("_rowid").to_numpy())]
+            vectors[place[where]] = vectors_of(batch.column("vector"), dim)
+        vectors.flush()
+        del vectors
+    else:
+        np.save(folder / VECTORS, np.empty((0, dim), dtype))
+    plain = rows.drop_columns(["_rowid"]) if parts else rows
+    plain = plain.take(pa.array(order)).combine_chunks().replace_schema_metadata(schema.metadata)
+    with pa.OSFile(str(folder / ROWS), "wb") as stream, pa.ipc.new_file(stream, plain.schema) as writer:
+        writer.write_table(plain)
+    facts = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in (ROWS, VECTORS)}
+    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    for name in (ROWS, VECTORS, FACTS):
+        sync(folder / name)
+    return True
+
+
+def damage(path: Path) -> dict[str, str]:
+    """Parts of the present snapshot that do not match their checksums."""
+    version = newest_manifest(path)
+    folder = path / SNAPSHOT / Path(version or "none").stem
+    if not folder.exists():
+        return {}
+    place = f"{SNAPSHOT}/{folder.name}"
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        return {
+            f"{place}/{name}": "does not match its checksum"
+            for name, (size, digest) in facts.items()
+            if (folder / name).stat().st_size != size or sha256(folder / name) != digest
+        }
+    except (OSError, ValueError, TypeError) as error:
+        return {place: f"cannot be read ({error})"}
+
+
+def discard(path: Path) -> None:
+    """Remove every snapshot; the next reader makes a new one."""
+    shutil.rmtree(path / SNAPSHOT, ignore_errors=True)
