@@ -1,18 +1,19 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Nothing outside $(VENV) is touched.
 VENV ?= .venv
 PYTHON ?= python3
+# processes that share the tests, one thread each
+WORKERS ?= 2
 BIN := $(VENV)/bin
-# one thread per test process; the processes share the cores
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export PYTHON
 
-.PHONY: demo test test-all check docs bench clean help
+.PHONY: help demo test test-all check docs bench clean
 
 help:
 	@echo "make demo      install, fetch real photos, embed, search, classify; pictures in demo/"
 	@echo "make test      install, ruff, mypy, the default tests (a few minutes)"
 	@echo "make test-all  the slow tests as well"
-	@echo "make bench     the speed measurements, into benchmarks/results/"
+	@echo "make bench     the measurements, into benchmarks/results/"
 	@echo "make docs      rebuild the generated pages and the examples' output"
 	@echo "make clean     remove the environment, the demo and all caches"
 
@@ -20,10 +21,10 @@ demo: $(VENV)/.core
 	$(BIN)/python scripts/demo.py
 
 test: check
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
 
 test-all: check
-	$(PYTEST) -m ""
+	$(PYTEST)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks scripts docs
@@ -33,7 +34,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.dev
-	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
+	set -e; for script in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python $$script; done
 
 clean:
 	rm -rf $(VENV) demo build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

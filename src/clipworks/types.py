@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .errors import ClipworksError
+from .errors import BadImage, ClipworksError
 
 
 @dataclass
@@ -73,11 +73,13 @@ class Classification:
     keys : n strings
     names : class names
     probabilities : array of shape (n, classes), rows sum to 1
+    errors : images that could not be used, each with `key` and `reason`
     """
 
     keys: list[str]
     names: list[str]
     probabilities: np.ndarray
+    errors: list[BadImage] = field(default_factory=list)
 
     @property
     def labels(self) -> list[str]:

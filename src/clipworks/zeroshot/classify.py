@@ -1,0 +1,170 @@
+"""Sort images into classes given by their names: a collection, features, or images that were not embedded yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import BadImage, ClipworksError, check_range
+from ..types import Classification, Features
+from .classifier import check_names, class_vectors
+
+if TYPE_CHECKING:
+    from ..encoders.encoder import Encoder
+    from ..store.collection import Collection
+
+CHUNK = 65536  # rows of features at a time
+
+
+def classify(
+    source: Any,
+    names: Sequence[str],
+    *,
+    encoder: str | Encoder | None = None,
+    templates: str | Sequence[str] = "default",
+    scale: float | None = None,
+    where: str | None = None,
+    batch_size: int = 32,
+    workers: int | None = None,
+    on_error: str = "report",
+    progress: bool | None = None,
+) -> Classification:
+    """Give every image the probability of each class, from the class names alone.
+
+    Parameters
+    ----------
+    source : a collection or its path, `Features`, or images as `open_source` takes them (folder, table, list ...)
+    names : class names in words a reader would use
+    encoder : a name, a path or an encoder (default: the one that made the collection; for images the bundled one)
+    templates : name of a set (default, simple, name, imagenet), a sentence with {} for the name, or several
+    scale : sharpness of the probabilities (default: the encoder's logit scale); the order of classes does not change
+    where : collections: only the rows that meet this condition, such as "label = 'cat'"
+    batch_size, workers : images: how many per pass, and how many threads decode
+    on_error : images: "raise" at the first that cannot be used, "skip" it, or "report" it in `errors`
+    progress : None shows a bar on a terminal
+
+    Returns
+    -------
+    Classification, in the order of the source (collections: by key)
+
+    Raises
+    ------
+    ClipworksError
+        If names or templates cannot be used, or an option does not apply to the source.
+    CollectionError
+        If the encoder is not the one that made the collection.
+
+    Examples
+    --------
+    >>> import torch
+    >>> class Toy:
+    ...     logit_scale, fingerprint = 10.0, ""
+    ...     def texts(self, sentences): return torch.eye(2)[["dog" in s for s in sentences]]
+    >>> features = Features(np.eye(2, dtype="float32"), keys=["1.jpg", "2.jpg"])
+    >>> classify(features, ["cat", "dog"], encoder=Toy()).labels
+    ['cat', 'dog']
+    """
+    names = check_names(names)
+    kept = _collection(source)
+    if kept is None and where is not None:
+        raise ClipworksError(f"where applies to collections only. Got {where!r}.")
+    if isinstance(source, Features):
+        return _of_features(source, names, _ready(encoder, source.fingerprint), templates, scale)
+    if kept is not None:
+        return _of_collection(kept, names, encoder, templates, scale, where)
+    from ..data.loader import load_batches
+    from ..data.sources import open_source
+    from ..progress import Progress
+
+    opened = open_source(source)
+    model = _ready(encoder)
+    words = class_vectors(names, model, templates=templates)
+    scale = _scale(scale, model)
+    keys: list[str] = []
+    errors: list[BadImage] = []
+    parts = []
+    batches = load_batches(opened, model.preprocess, batch_size, workers, on_error)
+    bar = Progress(batches, _length(opened), "classifying", unit=lambda b: len(b) + len(b.errors), enabled=progress)
+    for batch in bar:
+        errors += batch.errors
+        if len(batch):
+            keys += batch.keys
+            parts.append(_probabilities(model.images(batch.pixels).numpy(), words.numpy(), scale))
+    found = np.concatenate(parts) if parts else np.empty((0, len(names)), np.float32)
+    return Classification(keys, names, found, errors)
+
+
+def _of_collection(
+    collection: Collection,
+    names: list[str],
+    encoder: str | Encoder | None,
+    templates: Any,
+    scale: float | None,
+    where: str | None,
+) -> Classification:
+    from ..store.identity import check_same, describe, obtain
+
+    recorded = collection.meta["encoder"]
+    model, _ = obtain(encoder, recorded)
+    check_same(collection.path, recorded, describe(model), "give the encoder that made it, or embed again.")
+    rows = np.arange(len(collection)) if where is None else collection.where(where)
+    vectors = collection.vectors if where is None else collection.vectors[rows]
+    keys = collection.keys if where is None else [collection.keys[i] for i in rows]
+    return _of_features(Features(vectors, keys), names, model, templates, scale)
+
+
+def _of_features(
+    features: Features, names: list[str], model: Any, templates: Any, scale: float | None
+) -> Classification:
+    words = class_vectors(names, model, templates=templates).numpy()
+    dim, given = words.shape[1], features.vectors.shape[1]
+    if len(features) and given != dim:
+        raise ClipworksError(f"features must have the encoder's {dim} columns. Got {given}.")
+    found = np.empty((len(features), len(names)), np.float32)
+    for start in range(0, len(features), CHUNK):
+        part = np.asarray(features.vectors[start : start + CHUNK], np.float32)
+        found[start : start + CHUNK] = _probabilities(part, words, _scale(scale, model))
+    return Classification(list(features.keys), names, found)
+
+
+def _probabilities(images: np.ndarray, words: np.ndarray, scale: float) -> np.ndarray:
+    """Softmax of scale * cosine over the classes."""
+    lengths = np.linalg.norm(images, axis=1, keepdims=True)  # stored in 16 bits they are not exactly 1
+    logits = scale * (images @ words.T) / np.maximum(lengths, 1e-12)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _scale(scale: float | None, model: Any) -> float:
+    return float(model.logit_scale) if scale is None else float(check_range("scale", scale, 0))
+
+
+def _collection(source: Any) -> Collection | None:
+    """The collection that a source is or names, if it is one."""
+    from ..store.collection import Collection
+    from ..store.table import is_collection
+
+    if isinstance(source, Collection) or (isinstance(source, str | Path) and is_collection(Path(source))):
+        return Collection.open(source)
+    return None
+
+
+def _ready(encoder: str | Encoder | None, fingerprint: str = "") -> Any:
+    """The encoder itself; where features say what made them, it must be that one."""
+    from ..encoders.loading import load
+
+    model: Any = load() if encoder is None else load(encoder) if isinstance(encoder, str) else encoder
+    if fingerprint and model.fingerprint and fingerprint != model.fingerprint:
+        given = model.fingerprint[:12]
+        raise ClipworksError(f"encoder must be the one that made the features, {fingerprint[:12]}. Got {given}.")
+    return model
+
+
+def _length(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:
+        return None
