@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,6 +186,12 @@ class Collection:
         if not columns:
             return [{} for _ in rows]
         return self._snapshot.table.select(list(columns)).take(pa.array(np.asarray(rows, np.int64))).to_pylist()
+
+    def sources(self, keys: Iterable[str]) -> dict[str, str | None]:
+        """Where the images of some keys came from: the source that `embed` was given, None for added vectors."""
+        rows = [self.row(key) for key in keys]
+        found = self._snapshot.table["_source"].take(pa.array(np.asarray(rows, np.int64))).to_pylist()
+        return {self.keys[row]: source for row, source in zip(rows, found, strict=True)}
 
     def vector(self, key: str) -> np.ndarray:
         """The vector of one item, float32."""
