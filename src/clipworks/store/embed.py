@@ -70,8 +70,9 @@ class EmbedReport:
         counts = {"added": self.n_added, "changed": self.n_changed, "refreshed": self.n_refreshed, "unchanged": self.n_skipped,
                   "removed": self.n_removed, "left out": self.n_left_out}  # fmt: skip
         done = ", ".join(f"{n} {name}" for name, n in counts.items() if n or name == "added")
-        rate = (self.n_added + self.n_changed) / self.seconds if self.seconds else 0.0
-        return f"{self.path}: {done}; {self.n_rows} rows; {self.seconds:.1f} s, {rate:.1f} images/s, {self.wait_share:.0%} waiting for images"
+        encoded = self.n_added + self.n_changed
+        rate = f", {encoded / self.seconds:.1f} images/s, {self.wait_share:.0%} waiting for images" if encoded else ""
+        return f"{self.path}: {done}; {self.n_rows} rows; {self.seconds:.1f} s{rate}"
 
     def as_rows(self) -> list[dict[str, str]]:
         """One dictionary per image left out (key, reason)."""
