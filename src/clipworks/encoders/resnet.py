@@ -57,7 +57,7 @@ class AttentionPool2d(nn.Module):
     def __init__(self, grid: tuple[int, int], width: int, heads: int, dim: int):
         super().__init__()
         self.grid, self.heads = grid, heads
-        self.positions = nn.Parameter(torch.randn(1 + grid[0] * grid[1], width) * width**-0.5)
+        self.positions = nn.Parameter(torch.empty(1 + grid[0] * grid[1], width).normal_(0, width**-0.5))
         self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
         self.out = nn.Linear(width, dim)
 

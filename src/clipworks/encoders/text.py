@@ -26,7 +26,7 @@ class TextTransformer(nn.Module):
         width, eps = config.width, config.norm_eps
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, width)
-        self.positions = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
+        self.positions = nn.Parameter(torch.empty(config.context_length, width).normal_(0, 0.01))
         self.norm_embedding = nn.LayerNorm(width, eps) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(width, config.heads, config.mlp_width, config.activation, eps, config.norm_order)

@@ -18,7 +18,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.probe = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        self.probe = nn.Parameter(torch.empty(config.width).normal_(0, config.width**-0.5))
         self.attention = Attention(config.width, config.heads)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(config.width, config.mlp_width, config.activation)
@@ -49,8 +49,8 @@ class VisionTransformer(nn.Module):
         self.stem = build_stem(config)
         self.head = int(config.class_token)
         scale = width**-0.5
-        self.class_token = nn.Parameter(torch.randn(width) * scale) if config.class_token else None
-        self.positions = nn.Parameter(torch.randn(self.head + self.grid[0] * self.grid[1], width) * scale)
+        self.class_token = nn.Parameter(torch.empty(width).normal_(0, scale)) if config.class_token else None
+        self.positions = nn.Parameter(torch.empty(self.head + self.grid[0] * self.grid[1], width).normal_(0, scale))
         self.norm_pre = nn.LayerNorm(width, eps) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(width, config.heads, config.mlp_width, config.activation, eps) for _ in range(config.depth)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ...errors import BadWeights
 from ..config import EncoderConfig
@@ -13,9 +14,19 @@ from ..encoder import Encoder
 from .keymap import few
 
 
+class _NoDice(TorchFunctionMode):
+    """Leave out random initial values: without memory they mean nothing, and torch imports its compiler for them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "normal_":  # torch.nn.init's and the tensor's own
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def blank(config: EncoderConfig, tokenizer: Any = None) -> Encoder:
     """An encoder of this shape without memory behind its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoDice():
         return Encoder(config, tokenizer, seed=None)
 
 
