@@ -32,6 +32,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {}
+_METAVARS = {str: "TEXT", int: "N", float: "X", list[str]: "TEXT", list[int]: "N", list[float]: "X"}
 
 
 def command(
@@ -116,7 +117,7 @@ def _option(parameter: Parameter) -> inspect.Parameter:
     if get_origin(kind) is Literal and not all(isinstance(v, str) for v in get_args(kind)):
         kind = str
     text = f"{parameter.help} [default: {parameter.default}]" if parameter.default else parameter.help
-    option = typer.Option(*names, help=text.strip(), show_default=False)
+    option = typer.Option(*names, help=text.strip(), show_default=False, metavar=_METAVARS.get(kind))
     return inspect.Parameter(
         parameter.name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -22,6 +22,14 @@ Sheet = Annotated[
 ]
 
 
+def check_sheet(path: str | None) -> None:
+    """Refuse a sheet that could not be written before the work is done, not after it."""
+    if path:
+        from ..plot.sheet import check_place
+
+        check_place(path)
+
+
 def say(text: str) -> None:
     """Print a line to stdout; when the reader has gone, stay silent from then on."""
     try:

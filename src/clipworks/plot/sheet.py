@@ -141,11 +141,17 @@ def contact_sheet(
 
 def save_sheet(page: Image.Image, path: str | Path) -> Path:
     """Write a sheet as .png, .jpg or .webp and return its path."""
+    path = check_place(path)
+    page.save(path, quality=92)
+    return path
+
+
+def check_place(path: str | Path) -> Path:
+    """Return the path of a sheet, or raise where none can be written."""
     path = Path(path)
     check_choice("the ending of a sheet", path.suffix.lower(), SUFFIXES)
     if not path.parent.is_dir():
         raise ClipworksError(f"the folder of a sheet must exist. Got {str(path)!r}.")
-    page.save(path, quality=92)
     return path
 
 

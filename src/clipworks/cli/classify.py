@@ -1,0 +1,99 @@
+"""`clipworks classify`: images into classes that are given by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ClipworksError
+from ._command import command
+from ._output import Csv, Json, Sheet, check_sheet, emit, note
+
+NAMES = "Class names, separated by commas, or a text file (.txt) with one name per line."
+PER_CLASS = 5  # images of each class on a sheet
+TEMPLATES = (
+    "Sentence with {} for the name, name of a set (default, simple, name, imagenet), or a text file (.txt) with one "
+    "sentence per line; may be given several times. [default: default]"
+)
+
+
+@command("zeroshot.classify.classify")
+def classify(
+    source: Annotated[str, typer.Argument(metavar="COLLECTION|SOURCE", help="A collection, or images: folder, table, list, archive, video.")],
+    *,
+    names: Annotated[str, typer.Option("--names", metavar="A,B,C", help=NAMES)],
+    templates: Annotated[list[str] | None, typer.Option("--templates", metavar="TEXT", help=TEMPLATES, show_default=False)] = None,
+    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="Classes shown per image.")] = 1,
+    counts: Annotated[bool, typer.Option("--counts", help="Print images per class, not per image.")] = False,
+    sheet: Sheet = None,
+    json: Json = False,
+    csv: Csv = False,
+    **options: Any,
+) -> int:
+    """Sort images into classes by the names of the classes, without training.
+
+    \b
+    Examples:
+      clipworks classify photos --names cat,dog,bird --sheet classes.png
+      clipworks classify photos.collection --names names.txt --templates "a photo of a {}, a type of pet." --csv
+    """
+    from ..zeroshot.classify import classify as work
+
+    check_sheet(sheet)
+    if templates:
+        options["templates"] = _templates(templates)
+    result = work(source, lines(names) if names.endswith(".txt") else words(names), **options)
+    rows = _counts(result) if counts else result.as_rows(top)
+    emit(rows, as_json=json, as_csv=csv, empty="no image could be classified")
+    for error in result.errors:
+        note(f"clipworks: left out: {error}")
+    if sheet:
+        from ..plot.sheet import classification_sheet, save_sheet
+
+        below = f"{len(result.keys):,} images of {source}"
+        page = classification_sheet(result, _pictures(source, result), note=below, per_class=PER_CLASS)
+        note(f"sheet: {save_sheet(page, sheet)}")
+    return 1 if result.errors and not result.keys else 0
+
+
+def words(text: str) -> list[str]:
+    """Split "cat, dog" into names."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def lines(path: str) -> list[str]:
+    """The lines of a text file that hold something."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ClipworksError(f"a text file must be in UTF-8. Got {path!r}, which is not: {error}.") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _templates(given: list[str]) -> list[str]:
+    """Sentences of all options together; names of sets and text files stand for theirs."""
+    from ..zeroshot.templates import resolve_templates
+
+    return [t for entry in given for t in (lines(entry) if entry.endswith(".txt") else resolve_templates(entry))]
+
+
+def _counts(result: Any) -> list[dict[str, Any]]:
+    labels = result.labels
+    found = [{"label": name, "images": labels.count(name)} for name in result.names]
+    return sorted(found, key=lambda row: -row["images"])
+
+
+def _pictures(source: str, result: Any) -> Any:
+    """The pictures of the images that a sheet shows: the surest of every class."""
+    from ..plot.pictures import pictures, source_pictures
+    from ..store.collection import Collection
+    from ..store.table import is_collection
+
+    best = result.probabilities.argmax(1)
+    keys = []
+    for index in range(len(result.names)):
+        members = [i for i in (-result.probabilities[:, index]).argsort(kind="stable") if best[i] == index]
+        keys += [result.keys[i] for i in members[:PER_CLASS]]
+    return pictures(Collection.open(source), keys) if is_collection(Path(source)) else source_pictures(source, keys)
