@@ -11,6 +11,7 @@ from ..errors import ClipworksError
 from ._command import command
 from ._output import Csv, Json, Sheet, check_sheet, emit, note
 
+SOURCE = "A collection, or images: folder, table, list, archive, video."
 NAMES = "Class names, separated by commas, or a text file (.txt) with one name per line."
 PER_CLASS = 5  # images of each class on a sheet
 TEMPLATES = (
@@ -21,10 +22,12 @@ TEMPLATES = (
 
 @command("zeroshot.classify.classify")
 def classify(
-    source: Annotated[str, typer.Argument(metavar="COLLECTION|SOURCE", help="A collection, or images: folder, table, list, archive, video.")],
+    source: Annotated[str, typer.Argument(metavar="COLLECTION|SOURCE", help=SOURCE)],
     *,
     names: Annotated[str, typer.Option("--names", metavar="A,B,C", help=NAMES)],
-    templates: Annotated[list[str] | None, typer.Option("--templates", metavar="TEXT", help=TEMPLATES, show_default=False)] = None,
+    templates: Annotated[
+        list[str] | None, typer.Option("--templates", metavar="TEXT", help=TEMPLATES, show_default=False)
+    ] = None,
     top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="Classes shown per image.")] = 1,
     counts: Annotated[bool, typer.Option("--counts", help="Print images per class, not per image.")] = False,
     sheet: Sheet = None,

@@ -13,7 +13,7 @@ from ._output import Json, emit, facts, note, say
 SOURCE = "Folder, CSV, TSV or Parquet table, list of paths (.txt), webdataset .tar, video, hf:org/name, or image files."
 
 
-@command("store.embed.embed", hide=("out",), resume="The same command goes on where it stopped; what is done stays done.")
+@command("store.embed.embed", hide=("out",), resume="The same command goes on where it stopped.")
 def embed(
     source: Annotated[list[str], typer.Argument(metavar="SOURCE...", help=SOURCE)],
     *,

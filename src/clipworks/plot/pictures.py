@@ -24,7 +24,9 @@ def pictures(collection: Any, keys: Iterable[str]) -> Callable[[str], Image.Imag
     """
     asked = {key: source for key, source in collection.sources(keys).items() if source}
     elsewhere = {s for key, s in asked.items() if _file(key, s) is None}
-    found = {key: image for source in elsewhere for key, image in _opened(source, {k for k in asked if asked[k] == source})}
+    found: dict[str, Any] = {}
+    for source in elsewhere:
+        found.update(_opened(source, {key for key in asked if asked[key] == source}))
 
     def picture(key: str) -> Image.Image | None:
         place = _file(key, asked.get(key, ""))
