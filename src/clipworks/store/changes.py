@@ -59,7 +59,8 @@ class Known:
                 return "changed"  # the loader meets the same error and reports it
             if not same_bytes:
                 former = self.data["_source"][i]
-                return "taken" if other and former and (not os.path.isabs(former) or Path(former).exists()) else "changed"
+                lives = former and (not os.path.isabs(former) or Path(former).exists())
+                return "taken" if other and lives else "changed"
         return "same" if same_time and self._same_values(i, item) else self._stale_or_same(i, item, other)
 
     def _stale_or_same(self, i: int, item: Item, other: bool) -> str:
@@ -129,7 +130,10 @@ class UserColumns:
 
     def notes(self) -> list[str]:
         """A sentence per column in which values were left empty."""
-        return [f"column {name!r} holds {self.types[name]}; {n} values of another type were left empty" for name, n in self.refused.items()]
+        return [
+            f"column {name!r} holds {self.types[name]}; {n} values of another type were left empty"
+            for name, n in self.refused.items()
+        ]
 
 
 def column_name(name: str) -> str:
@@ -147,7 +151,9 @@ def read_once(item: Item, limits: Any) -> Item:
 
     The order matters: should the file change in between, the recorded digest is the old one and the next run sees it.
     """
-    return _Digesting(**{f.name: getattr(item, f.name) for f in dataclasses.fields(Item)}, most=getattr(limits, "max_bytes", None))
+    return _Digesting(
+        **{f.name: getattr(item, f.name) for f in dataclasses.fields(Item)}, most=getattr(limits, "max_bytes", None)
+    )
 
 
 @dataclasses.dataclass
@@ -176,7 +182,12 @@ def _convert(value: Any, kind: pa.DataType) -> Any:
         return value if isinstance(value, str) else str(value)
     if pa.types.is_floating(kind) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if pa.types.is_integer(kind) and isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63:
+    if (
+        pa.types.is_integer(kind)
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+        and -(1 << 63) <= value < 1 << 63
+    ):
         return value
     if pa.types.is_boolean(kind) and isinstance(value, bool):
         return value

@@ -1,4 +1,4 @@
-"""`Collection`: what `embed` makes and everything else reads: keys, vectors and columns of one version, memory-mapped."""
+"""`Collection`: what `embed` makes and all else reads: keys, vectors, columns of one version, memory-mapped."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Collection:
     path : the folder
     vectors : (rows, dim) memory-mapped matrix, float16 or float32
     meta : format, encoder and dates
+    norm : length of the longest vector
 
     Raises
     ------
@@ -56,7 +57,7 @@ class Collection:
         self._snapshot = snapshot.current(self.path)
         self.vectors: np.ndarray = self._snapshot.vectors
         self.meta: dict[str, Any] = self._snapshot.meta
-        self._scan: dict[Any, Any] = {}  # what `exact` keeps between searches
+        self.norm: float = self._snapshot.norm
 
     @classmethod
     def open(cls, path: str | os.PathLike | Collection) -> Collection:
@@ -123,14 +124,14 @@ class Collection:
         twice = next((k for k in keys if k in self.rows_by_key), None)
         if twice is not None or len(set(keys)) < len(keys):
             raise CollectionError(f"keys must be new and unique. Got {twice if twice is not None else 'one twice'!r}.")
-        labels = [None] * len(keys) if features.labels is None else [str(x) for x in np.asarray(features.labels).tolist()]
+        given = features.labels
+        labels = [None] * len(keys) if given is None else [str(x) for x in np.asarray(given).tolist()]
         texts = [None] * len(keys) if features.texts is None else list(features.texts)
         with Writer(self.path) as writer:
             for start in range(0, len(keys), 1 << 15):
                 part = slice(start, start + (1 << 15))
-                rows: list[dict[str, Any]] = [
-                    {"key": k, "label": n, "caption": t} for k, n, t in zip(keys[part], labels[part], texts[part], strict=True)
-                ]
+                belongs = zip(keys[part], labels[part], texts[part], strict=True)
+                rows: list[dict[str, Any]] = [{"key": k, "label": n, "caption": t} for k, n, t in belongs]
                 writer.append(writer.build(rows, np.asarray(features.vectors[part])))
             writer.tidy()
         return Collection(self.path)
@@ -150,6 +151,11 @@ class Collection:
     @property
     def dim(self) -> int:
         return int(self.vectors.shape[1])
+
+    @property
+    def version(self) -> str:
+        """File name of the table's manifest that is shown."""
+        return self._snapshot.version
 
     @property
     def dtype(self) -> str:
@@ -230,13 +236,13 @@ class Collection:
             condition = " AND ".join(_equals(name, value) for name, value in condition.items()) or "TRUE"
         table = open_table(self.path)
         with translated(self.path):
-            table.checkout((1 << 64) - 1 - int(Path(self._snapshot.version).stem))
+            table.checkout((1 << 64) - 1 - int(Path(self.version).stem))
         try:
             found = table.search().where(condition).select(["key"]).limit(None).to_arrow()["key"].to_pylist()
         except (ValueError, RuntimeError) as error:
             names = ", ".join(self.columns)
-            reason = str(error).splitlines()[0][:200]
-            raise ClipworksError(f"where must be a condition on the columns {names}. Got {condition!r}: {reason}") from error
+            reason = f"Got {condition!r}: {str(error).splitlines()[0][:200]}"
+            raise ClipworksError(f"where must be a condition on the columns {names}. {reason}") from error
         return np.sort(np.array([self.rows_by_key[key] for key in found], dtype=np.int64))
 
     def tensor(self) -> torch.Tensor:

@@ -67,8 +67,10 @@ class EmbedReport:
     wait_share: float = 0.0
 
     def __str__(self) -> str:
-        counts = {"added": self.n_added, "changed": self.n_changed, "refreshed": self.n_refreshed, "unchanged": self.n_skipped,
-                  "removed": self.n_removed, "left out": self.n_left_out}  # fmt: skip
+        counts = {
+            "added": self.n_added, "changed": self.n_changed, "refreshed": self.n_refreshed,
+            "unchanged": self.n_skipped, "removed": self.n_removed, "left out": self.n_left_out,
+        }  # fmt: skip
         done = ", ".join(f"{n} {name}" for name, n in counts.items() if n or name == "added")
         encoded = self.n_added + self.n_changed
         rate = f", {encoded / self.seconds:.1f} images/s, {self.wait_share:.0%} waiting for images" if encoded else ""
@@ -156,21 +158,26 @@ def embed(
     path, started = Path(out), time.perf_counter()
     opened = open_source(
         source, kind=kind, image_column=image_column, caption_column=caption_column, label_column=label_column,
-        key_column=key_column, captions=captions, label_from=label_from, allow_outside=allow_outside, split=split, every=every,
+        key_column=key_column, captions=captions, label_from=label_from, allow_outside=allow_outside, split=split,
+        every=every,
     )  # fmt: skip
     there = is_collection(path)
     if there and not resume and not overwrite:
-        raise CollectionError(f"there is a collection at {str(path)!r} already; give resume=True to continue it, or overwrite=True.")
+        raise CollectionError(
+            f"there is a collection at {str(path)!r} already; give resume=True to continue it, or overwrite=True."
+        )
     meta = read_meta(open_table(path).schema, path) if there and not overwrite else {"encoder": {}}
     model, name = obtain(encoder, meta["encoder"], precision, fast)
     identity = describe(model, name)
-    check_same(path, meta["encoder"], identity, "choose another place, give the encoder that made it, or overwrite=True.")
+    check_same(
+        path, meta["encoder"], identity, "choose another place, give the encoder that made it, or overwrite=True."
+    )
     schema = make_schema(model.dim, dtype or "float16", new_meta(identity))
     with Writer(path, schema, overwrite=overwrite) as writer:
         if dtype not in (None, writer.dtype) or writer.dim != model.dim:
             raise CollectionError(
-                f"collection {str(path)!r} holds {writer.dtype} vectors of length {writer.dim}; dtype {dtype!r} and length {model.dim} "
-                "do not fit. Leave dtype out, or overwrite=True."
+                f"collection {str(path)!r} holds {writer.dtype} vectors of length {writer.dim}; "
+                f"{dtype or writer.dtype} of length {model.dim} do not fit. Leave dtype out, or overwrite=True."
             )
         run = _Run(writer, model, EmbedReport(str(path)), batch_size, workers, on_error, commit_every)
         run.all(opened, progress, prune)
@@ -189,7 +196,16 @@ def embed(
 class _Run:
     """One pass over a source."""
 
-    def __init__(self, writer: Writer, model: Encoder, report: EmbedReport, batch_size: int, workers: int | None, on_error: str, commit: int):
+    def __init__(
+        self,
+        writer: Writer,
+        model: Encoder,
+        report: EmbedReport,
+        batch_size: int,
+        workers: int | None,
+        on_error: str,
+        commit: int,
+    ):
         self.writer, self.model, self.report = writer, model, report
         self.batch_size, self.workers, self.on_error, self.commit = batch_size, workers, on_error, commit
         self.user = UserColumns(writer)
@@ -245,8 +261,8 @@ class _Run:
             elif state == "stale":
                 self.stale.append(self._row(item))
             elif state == "taken":
-                where = self.known.source_of(item.key)
-                self._bad([BadImage(item.key, f"its key belongs to another image, from {where}; give keys that differ, or another collection")])
+                reason = f"its key belongs to another image, from {self.known.source_of(item.key)}"
+                self._bad([BadImage(item.key, f"{reason}; give keys that differ, or another collection")])
             else:
                 yield read_once(item, getattr(self.model.preprocess, "limits", None))
 
@@ -262,7 +278,14 @@ class _Run:
             self.report.left_out += errors
 
     def _row(self, item: Item) -> dict[str, Any]:
-        values = {"key": item.key, "digest": item.digest, "mtime": item.mtime, "label": item.label, "caption": item.caption, "_source": self.name}
+        values = {
+            "key": item.key,
+            "digest": item.digest,
+            "mtime": item.mtime,
+            "label": item.label,
+            "caption": item.caption,
+            "_source": self.name,
+        }
         return values | self.user.fit(item.columns)
 
     def _encode(self, batch: Any) -> None:

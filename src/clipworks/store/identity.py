@@ -34,7 +34,8 @@ def differences(recorded: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """The fields in which two encoders differ, each as "field: recorded -> given"; the weights if no other does."""
     ignored = {"fingerprint", "source", "config.name", "name"}
     one, two = flat(recorded), flat(given)
-    found = [f"{k}: {one.get(k)!r} -> {two.get(k)!r}" for k in sorted({*one, *two} - ignored) if one.get(k) != two.get(k)]
+    names = sorted({*one, *two} - ignored)
+    found = [f"{k}: {one.get(k)!r} -> {two.get(k)!r}" for k in names if one.get(k) != two.get(k)]
     plain = [line for line in found if not line.startswith(("preprocess:", "tokenizer:"))]
     if not plain and found:  # only then is a hash worth showing
         return [f"{line.split(':')[0]}: rules or files differ" for line in found]
@@ -57,12 +58,16 @@ def check_same(path: Any, recorded: dict[str, Any], given: dict[str, Any], remed
     fields = "; ".join(differences(recorded, given)[:6])
     raise CollectionError(
         f"collection {str(path)!r} was made by encoder {recorded.get('name')!r} (fingerprint {mine[:12]}), this is "
-        f"{given['name']!r} (fingerprint {other[:12]}). They differ in {fields}. Vectors of both cannot be compared; {remedy}"
+        f"{given['name']!r} (fingerprint {other[:12]}). They differ in {fields}. "
+        f"Vectors of both cannot be compared; {remedy}"
     )
 
 
 def obtain(
-    encoder: str | Encoder | None, recorded: dict[str, Any] | None = None, precision: str | None = None, fast: bool | None = None
+    encoder: str | Encoder | None,
+    recorded: dict[str, Any] | None = None,
+    precision: str | None = None,
+    fast: bool | None = None,
 ) -> tuple[Encoder, str | None]:
     """The encoder to use, and the name it was loaded by.
 

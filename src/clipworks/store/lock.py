@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -26,22 +27,21 @@ class WriterLock:
 
     def __enter__(self) -> WriterLock:
         try:
-            stream = open(self.path, "a+b")  # noqa: SIM115 - kept open as long as the lock is held
+            stream = open(self.path, "a+b")  # kept open as long as the lock is held
         except OSError as error:
-            raise CollectionError(f"collection {str(self.path.parent)!r} cannot be written: {error.strerror}.") from error
+            place = str(self.path.parent)
+            raise CollectionError(f"collection {place!r} cannot be written: {error.strerror}.") from error
         if not _take(stream):
             stream.close()
             raise CollectionError(
                 f"collection {str(self.path.parent)!r} is being written by {owner(self.path.parent)}. "
                 "Wait until it is done, or stop it; what it has written so far is kept."
             )
-        try:
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, only the name is missing
             stream.seek(0)
             stream.truncate()
             stream.write(json.dumps(_myself()).encode())
             stream.flush()
-        except OSError:  # a full disk: the lock holds all the same, only the name is missing
-            pass
         self._file = stream
         return self
 

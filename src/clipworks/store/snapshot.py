@@ -6,6 +6,7 @@ are sorted by key, so that results do not depend on the order in which rows came
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -34,12 +35,14 @@ class Snapshot:
     vectors : (rows, dim) float16 or float32
     table : the other columns, row by row
     meta : metadata of the collection
+    norm : length of the longest vector
     """
 
     version: str
     vectors: np.ndarray
     table: pa.Table
     meta: dict[str, Any]
+    norm: float
 
 
 def current(path: Path) -> Snapshot:
@@ -48,7 +51,7 @@ def current(path: Path) -> Snapshot:
         version = newest_manifest(path)
         if version is None:
             raise CollectionError(f"there is no collection at {str(path)!r}.")
-        found = _read(path / SNAPSHOT / Path(version).stem, version, path)
+        found = read(path / SNAPSHOT / Path(version).stem, version, path)
         if found is None:
             found = _make(path, version)
         if found is not None:
@@ -56,24 +59,24 @@ def current(path: Path) -> Snapshot:
     raise CollectionError(f"collection {str(path)!r} changes too fast to be read; try again when the writer is done.")
 
 
-def _read(folder: Path, version: str, path: Path) -> Snapshot | None:
+def read(folder: Path, version: str, path: Path) -> Snapshot | None:
     """The snapshot in a folder, or None if it is not there or not whole."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        if any((folder / name).stat().st_size != size for name, (size, _) in facts.items()):
+        if any((folder / name).stat().st_size != size for name, (size, _) in facts["files"].items()):
             return None
         table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
         vectors = np.load(folder / VECTORS, mmap_mode="r" if table.num_rows else None, allow_pickle=False)
-    except (OSError, ValueError, pa.ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-    return Snapshot(version, vectors, table, read_meta(table.schema, path))
+    return Snapshot(version, vectors, table, read_meta(table.schema, path), facts["norm"])
 
 
 def _make(path: Path, version: str) -> Snapshot | None:
     """Write the snapshot beside its place and move it there; in a temporary folder where the place is read-only."""
-    place = path / SNAPSHOT
+    place: Path | None = path / SNAPSHOT
     try:
-        place.mkdir(exist_ok=True)
+        (path / SNAPSHOT).mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".making-", dir=place))
     except OSError:
         place, folder = None, Path(tempfile.mkdtemp(prefix="clipworks-"))
@@ -81,19 +84,17 @@ def _make(path: Path, version: str) -> Snapshot | None:
         if not _write(path, folder, version):
             return None
         if place is None:
-            return _read(folder, version, path)  # the mapping outlives the files
+            return read(folder, version, path)  # the mapping outlives the files
         target = place / Path(version).stem
         if target.exists():
             shutil.rmtree(target, ignore_errors=True)  # it was not whole, or another reader was faster
-        try:
+        with contextlib.suppress(OSError):  # another reader was faster
             os.rename(folder, target)
-        except OSError:
-            pass  # another reader was faster
         sync(place)
         for old in place.iterdir():
             if old.name not in (target.name, folder.name) and not old.name.startswith(".making-"):
                 shutil.rmtree(old, ignore_errors=True)
-        return _read(target, version, path)
+        return read(target, version, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -112,6 +113,7 @@ def _write(path: Path, folder: Path, version: str) -> bool:
     order = np.argsort(keys, kind="stable")
     place = np.empty(len(order), np.int64)  # row of the table -> row of the snapshot
     place[order] = np.arange(len(order))
+    norm = 0.0
     by_id = np.argsort(ids, kind="stable")
     if len(keys):
         vectors = np.lib.format.open_memmap(folder / VECTORS, mode="w+", dtype=dtype, shape=(len(keys), dim))
@@ -120,7 +122,9 @@ def _write(path: Path, folder: Path, version: str) -> bool:
                 key = batch.column("key")[bad[0]].as_py()
                 raise damaged(path, {f"row {key!r}": f"does not match its check, nor do {len(bad) - 1} others"})
             where = by_id[np.searchsorted(ids[by_id], batch.column("_rowid").to_numpy())]
-            vectors[place[where]] = vectors_of(batch.column("vector"), dim)
+            part = vectors_of(batch.column("vector"), dim)
+            vectors[place[where]] = part
+            norm = max(norm, float(np.linalg.norm(part.astype(np.float32), axis=1).max()))
         vectors.flush()
         del vectors
     else:
@@ -129,7 +133,8 @@ def _write(path: Path, folder: Path, version: str) -> bool:
     plain = plain.take(pa.array(order)).combine_chunks().replace_schema_metadata(schema.metadata)
     with pa.OSFile(str(folder / ROWS), "wb") as stream, pa.ipc.new_file(stream, plain.schema) as writer:
         writer.write_table(plain)
-    facts = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in (ROWS, VECTORS)}
+    files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in (ROWS, VECTORS)}
+    facts = {"files": files, "norm": norm}
     (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     for name in (ROWS, VECTORS, FACTS):
         sync(folder / name)
@@ -147,10 +152,10 @@ def damage(path: Path) -> dict[str, str]:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         return {
             f"{place}/{name}": "does not match its checksum"
-            for name, (size, digest) in facts.items()
+            for name, (size, digest) in facts["files"].items()
             if (folder / name).stat().st_size != size or sha256(folder / name) != digest
         }
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return {place: f"cannot be read ({error})"}
 
 

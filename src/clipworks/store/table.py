@@ -1,4 +1,4 @@
-"""The Lance table under a collection: its columns, its metadata, and the writer that changes it one safe step at a time.
+"""The Lance table under a collection: columns, metadata, and the writer that changes it one safe step at a time.
 
 Every change is one atomic commit of LanceDB, after which the new files are brought to the disk and their checksums
 are recorded. A crash between the two leaves files without a record; the next writer checks and records them.
@@ -35,6 +35,10 @@ SNAPSHOT = "snapshot"
 SMALL_FILES = 500  # commits after which small files are merged while embedding
 
 
+FULL = ("os error 28", "os error 27", "os error 122", "Errno 28", "Errno 27", "Errno 122")
+READ_ONLY = ("os error 30", "os error 13", "os error 1)", "Errno 30", "Errno 13")
+
+
 def make_schema(dim: int, dtype: str, meta: dict[str, Any], columns: Iterable[pa.Field] = ()) -> pa.Schema:
     """The Arrow schema of a collection; `meta` goes into its metadata as JSON."""
     check_choice("dtype", dtype, DTYPES)
@@ -67,7 +71,9 @@ def read_meta(schema: pa.Schema, path: Path) -> dict[str, Any]:
     return meta
 
 
-def row_check(key: str, digest: str | None, mtime: float | None, label: str | None, caption: str | None, vector: bytes) -> int:
+def row_check(
+    key: str, digest: str | None, mtime: float | None, label: str | None, caption: str | None, vector: bytes
+) -> int:
     """64 bits over what belongs together in a row, so that damage shows and says which row it is."""
     state = hashlib.blake2b(vector, digest_size=8)
     state.update(b"" if mtime is None else struct.pack("<d", mtime))
@@ -117,12 +123,13 @@ def translated(path: Path, needed: int = 0) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, pa.ArrowException) as error:
         text = str(error)
         size = f" About {max(needed, 1 << 16):,} bytes are needed." if needed else ""
-        if any(mark in text for mark in ("os error 28", "os error 27", "os error 122", "Errno 28", "Errno 27", "Errno 122")):
+        if any(mark in text for mark in FULL):
             free = shutil.disk_usage(path if path.exists() else path.parent).free
             why = f"cannot be written: the disk is full or a size limit is reached ({free:,} bytes free).{size}"
             what = "What was written before is intact; run the same command again when there is room."
-        elif any(mark in text for mark in ("os error 30", "os error 13", "os error 1)", "Errno 30", "Errno 13")):
-            why, what = "cannot be written: the folder is read-only for this user.", "Change its permissions or choose another place."
+        elif any(mark in text for mark in READ_ONLY):
+            why = "cannot be written: the folder is read-only for this user."
+            what = "Change its permissions or choose another place."
         else:
             why = f"cannot be read or written: {text.splitlines()[0][:300]}"
             what = f"`clipworks verify {path}` names the damaged parts."
@@ -171,8 +178,10 @@ class Writer:
             import lancedb
 
             with translated(self.path, 1 << 16):
+                if fresh:  # at most the remains of a writer that died while making it
+                    shutil.rmtree(self.path / TABLE, ignore_errors=True)
                 self.table = lancedb.connect(str(self.path)).create_table(
-                    Path(TABLE).stem, schema=self._schema, mode="overwrite"
+                    Path(TABLE).stem, schema=self._schema, mode="create" if fresh else "overwrite"
                 )
             self._record()
         else:
@@ -280,7 +289,9 @@ class Writer:
             self.tidy(force=True)
 
 
-def scan(table: Any, path: Path, columns: Sequence[str] | None = None, rows: int = 8192, row_id: bool = False) -> Iterator[pa.RecordBatch]:
+def scan(
+    table: Any, path: Path, columns: Sequence[str] | None = None, rows: int = 8192, row_id: bool = False
+) -> Iterator[pa.RecordBatch]:
     """All rows, a few thousand at a time."""
     query = table.search().limit(None)
     query = query.select(list(columns)) if columns else query
@@ -315,8 +326,10 @@ def _check_place(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CollectionError(f"{str(path)!r} is a file; a collection is a folder of its own.")
     own = {TABLE, LOCK, JOURNAL, SNAPSHOT}
-    found = sorted(p.name for p in path.iterdir() if p.name not in own and not p.name.startswith(".")) if path.is_dir() else []
-    if found:
-        raise CollectionError(f"{str(path)!r} is no collection and not empty (it holds {found[0]!r}); choose a new folder.")
-    if path.is_dir() and not is_collection(path) and table_files(path) and (path / JOURNAL).exists() and Journal.read(path).files:
+    found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    strange = [name for name in found if name not in own and not name.startswith(".")]
+    if strange:
+        held = f"it holds {strange[0]!r}"
+        raise CollectionError(f"{str(path)!r} is no collection and not empty ({held}); choose a new folder.")
+    if JOURNAL in found and table_files(path) and Journal.read(path).files:
         raise damaged(path, {TABLE: "has lost all its versions"})
