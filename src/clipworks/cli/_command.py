@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from ..errors import ClipworksError
 from ._signature import Parameter, parameters
 
 
@@ -32,7 +33,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {}
-_METAVARS = {str: "TEXT", int: "N", float: "X", list[str]: "TEXT", list[int]: "N", list[float]: "X"}
+_METAVARS = {str: "TEXT", int: "N", float: "X", list[str]: "A,B", list[int]: "N,N", list[float]: "X,X"}
 
 
 def command(
@@ -80,7 +81,8 @@ def runner(entry: Command) -> Callable[..., int | None]:
     @functools.wraps(entry.function)
     def run(**given: Any) -> int | None:
         # an option that was not given is not passed on: the library's own default holds
-        derived = {k: v for k, v in given.items() if k not in own.parameters and v is not None}
+        derived = {k: v for k, v in given.items() if k not in own.parameters and v not in (None, [])}
+        derived = {k: _split(k, v, library[k].type) if isinstance(v, list) else v for k, v in derived.items()}
         return entry.function(**{k: v for k, v in given.items() if k in own.parameters}, **derived)
 
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
@@ -110,14 +112,25 @@ def _with_help(annotation: Any, parameter: inspect.Parameter, library: dict[str,
     return Annotated[kind, make(help=text)]
 
 
+def _split(name: str, words: list[str], kind: Any) -> list[Any]:
+    """Turn "1,2" and repeated options into one list of the library's type."""
+    (of,) = get_args(kind)
+    try:
+        return [of(word.strip()) for entry in words for word in entry.split(",") if word.strip()]
+    except ValueError as error:
+        raise ClipworksError(f"{name} must be numbers separated by commas. Got {','.join(words)!r}.") from error
+
+
 def _option(parameter: Parameter) -> inspect.Parameter:
-    kind = parameter.type
+    kind = list[str] if get_origin(parameter.type) is list else parameter.type
     flag = "--" + parameter.name.strip("_").replace("_", "-")
     names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
+    if len(parameter.name) == 1:
+        names.insert(0, f"-{parameter.name}")
     if get_origin(kind) is Literal and not all(isinstance(v, str) for v in get_args(kind)):
         kind = str
     text = f"{parameter.help} [default: {parameter.default}]" if parameter.default else parameter.help
-    option = typer.Option(*names, help=text.strip(), show_default=False, metavar=_METAVARS.get(kind))
+    option = typer.Option(*names, help=text.strip(), show_default=False, metavar=_METAVARS.get(parameter.type))
     return inspect.Parameter(
         parameter.name,
         inspect.Parameter.KEYWORD_ONLY,
