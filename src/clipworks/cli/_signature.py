@@ -7,6 +7,7 @@ and Python cannot drift apart, and `clipworks search --help` does not wait for t
 from __future__ import annotations
 
 import ast
+import operator
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..errors import ClipworksError
 
 PACKAGE = Path(__file__).parent.parent
 _SCALARS = {"str": str, "int": int, "float": float, "bool": bool, "Path": str}
+_ARITHMETIC = {ast.Mult: operator.mul, ast.Pow: operator.pow, ast.LShift: operator.lshift, ast.Sub: operator.sub}
 _LISTS = ("list", "tuple", "Sequence", "Iterable", "Mapping")
 _TYPE_WORDS = re.compile(
     r"^((str|int|float|bool|path|list|tuple|array|sequence|optional|callable)\b|\{|[A-Z]\w+$)", re.I
@@ -53,8 +55,7 @@ def parameters(target: str) -> dict[str, Parameter]:
     docs = documented(ast.get_docstring(node) or "")  # type: ignore[arg-type]
     if isinstance(node, ast.ClassDef):
         node = next(n for n in node.body if getattr(n, "name", None) == "__init__")
-    assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
-    constants = {t.id: n.value for n in assigned for t in n.targets if isinstance(t, ast.Name)}
+    constants = _constants(tree, path)
     found = {}
     for argument, default in _with_defaults(node.args):  # type: ignore[attr-defined]
         if argument.arg in ("self", "progress"):
@@ -71,16 +72,37 @@ def _with_defaults(arguments: ast.arguments) -> list[tuple[ast.arg, ast.expr | N
     return list(zip([*plain, *arguments.kwonlyargs], defaults, strict=True))
 
 
+def _constants(tree: ast.Module, path: Path) -> dict[str, ast.expr]:
+    """Constants of a file by name, those that it imports from files of the package too."""
+    found: dict[str, ast.expr] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            found |= {t.id: node.value for t in node.targets if isinstance(t, ast.Name)}
+        elif isinstance(node, ast.ImportFrom) and node.level and any(a.name.isupper() for a in node.names):
+            other = path.parents[node.level - 1].joinpath(*(node.module or "").split(".")).with_suffix(".py")
+            if other.exists():
+                there = _constants(ast.parse(other.read_text(encoding="utf-8")), other)
+                found |= {a.asname or a.name: there[a.name] for a in node.names if a.name in there}
+    return found
+
+
 def _shown(default: ast.expr | None, constants: dict[str, ast.expr]) -> str | None:
     if isinstance(default, ast.Name):
         default = constants.get(default.id)
     if default is None or (isinstance(default, ast.Constant) and default.value in (None, "")):
         return None
     try:
-        value = ast.literal_eval(default)
-    except ValueError:
+        value = _computed(default)
+    except (ValueError, KeyError):
         return ast.unparse(default)
     return ",".join(map(str, value)) or None if isinstance(value, list | tuple) else str(value)
+
+
+def _computed(node: ast.expr) -> Any:
+    """A literal, or arithmetic of literals such as 256 * 2**20."""
+    if isinstance(node, ast.BinOp):
+        return _ARITHMETIC[type(node.op)](_computed(node.left), _computed(node.right))
+    return ast.literal_eval(node)
 
 
 def shell_type(annotation: ast.expr | None) -> Any:

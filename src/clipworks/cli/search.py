@@ -1,4 +1,4 @@
-"""`clipworks search`, `clipworks similar`: the images of a collection nearest to words, to an image, to one of its own."""
+"""`clipworks search`, `clipworks similar`: the images nearest to words, to an image, to one of the collection."""
 
 from __future__ import annotations
 
