@@ -18,7 +18,7 @@ CLIP_IMAGES = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "d
                "rescale_factor": 1 / 255, "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32},
                "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}  # fmt: skip
 SIGLIP_IMAGES = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255,
-                 "size": {"height": 32, "width": 32}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}  # fmt: skip
+                 "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
 
 
 def clip(act="quick_gelu", vocab=300, **text):
@@ -86,7 +86,7 @@ def test_siglip(tmp_path, act):
     same(encoder, model, token_rows(3, 8, 2, 40, 1, pad=1))
     preprocess = encoder.config.preprocess
     assert (preprocess.size, preprocess.resize, preprocess.crop) == (32, "squash", "none")
-    with pytest.raises(ClipworksError, match="Put the tokenizer.json of the model into"):
+    with pytest.raises(ClipworksError, match=r"Put the tokenizer.json of the model into"):
         encoder.texts("a cat")
 
 
@@ -118,11 +118,11 @@ def test_shards_and_pickled_weights(tmp_path):
     path = folder(tmp_path / "shards", model, max_shard_size="60KB")
     assert len(list(path.glob("*.safetensors"))) > 2
     same(load(path), model, tokens)
-    with pytest.raises(ClipworksError, match="sha256 needs a single weights file"):
+    with pytest.raises(ClipworksError, match=r"sha256 needs a single weights file"):
         load(path, sha256="0" * 64)
     victim = sorted(path.glob("*.safetensors"))[1]
     victim.rename(tmp_path / "gone")
-    with pytest.raises(BadWeights, match=f"shard '{victim.name}' is missing"):
+    with pytest.raises(BadWeights, match=rf"shard '{victim.name}' is missing"):
         load(path)
     path = folder(tmp_path / "bin", model)
     (path / "model.safetensors").unlink()
@@ -173,7 +173,7 @@ def test_the_older_twin_of_a_section_counts(tmp_path):
 def test_processor_config_of_newer_files(tmp_path):
     path = folder(tmp_path / "m", clip())
     (path / "preprocessor_config.json").rename(tmp_path / "old")
-    with pytest.raises(BadWeights, match="no preprocessor_config.json"):
+    with pytest.raises(BadWeights, match=r"no preprocessor_config.json"):
         load(path)
     (path / "processor_config.json").write_text(json.dumps({"image_processor": CLIP_IMAGES}))
     assert load(path).config.preprocess.mean == (0.48, 0.46, 0.41)
@@ -219,9 +219,9 @@ def test_missing_configuration_and_damaged_weights(tmp_path):
     path = folder(tmp_path / "m", clip())
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(data[:-100])
-    with pytest.raises(BadWeights, match="cut short"):
+    with pytest.raises(BadWeights, match=r"cut short"):
         load(path)
     (path / "model.safetensors").write_bytes(data)
     (path / "config.json").unlink()
-    with pytest.raises(BadWeights, match="config.json must lie beside them"):
+    with pytest.raises(BadWeights, match=r"config.json must lie beside them"):
         load(path)

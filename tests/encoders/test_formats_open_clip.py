@@ -171,9 +171,9 @@ def test_without_configuration_the_architecture_must_be_named(tmp_path, tiny_arc
     same_features(load(f"ViT-tiny-quickgelu:{path}"), model, token_rows(3, 16, 1, 290, 299), 32)
     with pytest.raises(BadWeights, match=r"do not fit the configuration|shapes do not fit"):
         load(f"ViT-B-32:{path}")
-    with pytest.raises(ClipworksError, match="no file 'nowhere.pt'"):
+    with pytest.raises(ClipworksError, match=r"no file 'nowhere.pt'"):
         load("ViT-tiny:nowhere.pt")
-    with pytest.raises(ClipworksError, match="Did you mean 'ViT-tiny'"):
+    with pytest.raises(ClipworksError, match=r"Did you mean 'ViT-tiny'"):
         load(f"ViT-tinny:{path}")
 
 
@@ -201,10 +201,10 @@ def test_what_cannot_be_followed_is_refused(tmp_path, case):
 def test_configuration_that_does_not_fit_the_tensors(tmp_path):
     config = clip_config()
     config["vision_cfg"]["layers"] = 3
-    with pytest.raises(BadWeights, match="missing visual.transformer.resblocks.2.attn.in_proj_weight"):
+    with pytest.raises(BadWeights, match=r"missing visual.transformer.resblocks.2.attn.in_proj_weight"):
         load(folder(tmp_path / "m", clip_model(), config))
-    with pytest.raises(BadWeights, match="open_clip_config.json is not JSON"):
-        (tmp_path / "m" / "open_clip_config.json").write_text("{")
+    (tmp_path / "m" / "open_clip_config.json").write_text("{")
+    with pytest.raises(BadWeights, match=r"open_clip_config.json is not JSON"):
         load(tmp_path / "m")
 
 
@@ -226,8 +226,9 @@ def trunk_tensors(name):
     if shape is None:
         return {}
     width, patch, depth, hidden = shape
-    blocks = {f"visual.trunk.blocks.{i}.mlp.fc1.weight": torch.empty(hidden, width, device="meta") for i in range(depth)}
-    return {"visual.trunk.patch_embed.proj.weight": torch.empty(width, 3, patch, patch, device="meta"), **blocks}
+    kernel, up = (torch.empty(shape, device="meta") for shape in ((width, 3, patch, patch), (hidden, width)))
+    blocks = {f"visual.trunk.blocks.{i}.mlp.fc1.weight": up for i in range(depth)}
+    return {"visual.trunk.patch_embed.proj.weight": kernel, **blocks}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -66,7 +66,7 @@ def test_resnet(tmp_path):
     encoder = load(archive(model, tmp_path / "RN.pt"))
     same_features(encoder, model, token_rows(3, 12, 1, 190, 199), 64)
     assert encoder.config.vision.layers == (1, 2, 1, 1)
-    with pytest.raises(ClipworksError, match="CLIP's vocabulary has 49408 tokens, this model's 200"):
+    with pytest.raises(ClipworksError, match=r"CLIP's vocabulary has 49408 tokens, this model's 200"):
         encoder.texts("a cat")
 
 
@@ -82,7 +82,7 @@ def test_missing_and_foreign_tensors_are_named(tmp_path):
     less = {n: t for n, t in good.values.items() if n != "ln_final.bias"}
     with pytest.raises(BadWeights, match=r"missing ln_final.bias, unexpected none.*a.pt"):
         openai.load(files.Tensors(less, good.path, good.kind))
-    with pytest.raises(BadWeights, match="missing none, unexpected visual.adapter"):
+    with pytest.raises(BadWeights, match=r"missing none, unexpected visual.adapter"):
         openai.load(files.Tensors({**good.values, "visual.adapter": torch.zeros(2)}, good.path, good.kind))
     wrong = {**good.values, "visual.ln_post.bias": torch.zeros(7)}
     with pytest.raises(BadWeights, match=r"visual.norm_post.bias is \(7,\), expected \(128,\)"):
@@ -95,5 +95,5 @@ def test_an_archive_of_something_else_says_what_was_found(tmp_path):
     with pytest.raises(BadWeights, match=r"unknown layout.*2 tensors.*torchscript.*weight \(2, 3\)"):
         load(path)
     half = {"visual.conv1.weight": torch.zeros(8, 3, 4, 4), "text_projection": torch.zeros(4, 4)}
-    with pytest.raises(BadWeights, match="not a model of OpenAI's release.*positional_embedding"):
+    with pytest.raises(BadWeights, match=r"not a model of OpenAI's release.*positional_embedding"):
         openai.load(files.Tensors(half, tmp_path / "x.pt", "torchscript"))
