@@ -21,6 +21,7 @@ from clipworks.registry import AREAS, MethodInfo, methods
 
 DOCS = Path(__file__).parent
 TABLE, COMMANDS = DOCS / "methods" / "README.md", DOCS / "commands.md"
+MODEL = DOCS.parent / "src" / "clipworks" / "encoders" / "weights" / "clipworks-small.safetensors"
 BLOCK = re.compile(r"(?<=^```console\n)(.*?)(?=^```$)", re.M | re.S)
 
 HEAD = """\
@@ -108,7 +109,9 @@ def plain(text: str) -> str:
 
 def main() -> int:
     before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in (TABLE, COMMANDS)}
-    made = {TABLE: methods_page(methods()), COMMANDS: commands_page(before[COMMANDS])}
+    made = {TABLE: methods_page(methods()), COMMANDS: before[COMMANDS]}
+    if MODEL.exists():
+        made[COMMANDS] = commands_page(before[COMMANDS])
     stale = [TABLE] if before[TABLE] != made[TABLE] else []
     stale += [] if alike(before[COMMANDS], made[COMMANDS]) else [COMMANDS]
     if "--check" in sys.argv:

@@ -1,0 +1,87 @@
+"""The generated pages are up to date, and every example of the command line does what the page says."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from clipworks.cli._command import discover
+from clipworks.registry import MethodInfo, methods
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_methods_is_up_to_date(build):
+    assert build.TABLE.read_text(encoding="utf-8") == build.methods_page(methods()), "run: make docs"
+
+
+def test_the_table_says_what_holds(build):
+    one = MethodInfo("losses", "a", "card-a", "MR", "a", "One.")
+    found = [one, MethodInfo("heads", "b", "card-b", "M", "B", "Two.")]
+    lines = [line for line in build.methods_page(found).splitlines() if line.startswith("| [")]
+    assert lines == [
+        "| [b](heads/b.md) | Two | yes |  |  | card-b |",
+        "| [a](losses/a.md) | One | yes | yes |  | card-a |",
+    ]
+
+
+def test_every_command_has_an_example_or_a_guide():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCS.glob("*.md"))
+    missing = [name for name in discover() if f"clipworks {name}" not in text]
+    assert not missing
+
+
+def test_the_examples_print_what_the_page_says(build):
+    if not build.MODEL.exists():
+        pytest.skip("the bundled model is not in this checkout")
+    page = build.COMMANDS.read_text(encoding="utf-8")
+    made = build.commands_page(page)
+    for said, found in zip(build.BLOCK.findall(page), build.BLOCK.findall(made), strict=True):
+        assert build.plain(said) == build.plain(found), "run: make docs"
+
+
+def test_an_example_is_compared_without_its_numbers(build):
+    assert build.alike("  1  a.jpg  0.134  2.1 s", "  1  a.jpg  0.135  13.0 s")
+    assert not build.alike("1  a.jpg", "1  b.jpg")
+
+
+def test_examples_are_run_and_their_output_is_written(build, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = "```console\n$ clipworks methods losse\nold output\n$ clipworks --version\n```\n"
+    page = f"Text.\n\n{block}\n```python\nkept\n```\n"
+    made = build.commands_page(page)
+    assert "old output" not in made
+    assert "$ clipworks methods losse\nclipworks: area must be" in made
+    assert "(exit code 2)\n$ clipworks --version\nclipworks 0." in made
+    assert made.endswith("```\n\n```python\nkept\n```\n")
+    assert build.commands_page(made) == made
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), *sorted(DOCS.parent.glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+def test_readme_names_the_two_commands_and_real_functions():
+    import clipworks
+
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    makefile = (DOCS.parent / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test"):
+        assert f"make {target} " in text
+        assert f"\n{target}: " in makefile
+    for name in set(re.findall(r"\bclipworks\.(\w+)\(", text)):
+        assert hasattr(clipworks, name)
+    for name in set(re.findall(r"^\$ clipworks (\w+)", text, re.M)):
+        assert name in discover()
