@@ -6,15 +6,20 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_formats_native import encoder
 from test_formats_open_clip import clip_config, clip_model, folder
+from test_formats_openai import archive, vit
 
 import clipworks
 from clipworks.encoders import loading
-from clipworks.encoders.formats import hub
+from clipworks.encoders.config import CLIP_MEAN, CLIP_STD
+from clipworks.encoders.formats import hub, huggingface, keymap, openai
 from clipworks.encoders.loading import load, models, save
 from clipworks.encoders.published import ARCHITECTURES, HUB
 from clipworks.errors import BadWeights, ClipworksError, UnknownName
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 
 @pytest.fixture
@@ -106,6 +111,50 @@ def test_paths(tmp_path, monkeypatch):
     assert load(path).fingerprint == load(str(path)).fingerprint == load(path.parent).fingerprint == want
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load("~/box/any.pt").fingerprint == want
+
+
+def test_a_renamed_file_is_the_same_encoder(tmp_path):
+    made = open_clip_folder(tmp_path)
+    want = load(made)
+    moved = shutil.move(made, tmp_path / "elsewhere")
+    (moved / "open_clip_model.safetensors").rename(moved / "best.safetensors")
+    renamed = load(moved)
+    assert renamed.config.name != want.config.name
+    assert renamed.fingerprint == want.fingerprint
+
+
+def test_one_model_in_four_layouts_has_one_fingerprint(tmp_path):
+    """An archive, a state dictionary, a Hugging Face folder and our own file, written through the key maps."""
+    model = vit()
+    made = load(archive(model, tmp_path / "a.pt"))
+    want = made.fingerprint
+    ours = {n: t.detach() for n, t in made.state_dict().items()}
+    assert load(save(made, tmp_path / "own.safetensors")).fingerprint == want
+
+    state = keymap.give(openai.pairs(made.config), ours, "open_clip")
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
+    box = tmp_path / "open_clip"
+    box.mkdir()
+    save_file(state, box / "open_clip_model.safetensors")
+    vision = {"image_size": 32, "layers": 3, "width": 128, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+    config = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    (box / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    assert load(box).fingerprint == want
+
+    box = tmp_path / "hf"
+    box.mkdir()
+    save_file(keymap.give(huggingface.pairs(made.config), ours, "Hugging Face"), box / "model.safetensors")
+    heads = {"num_attention_heads": 2, "num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 512}
+    words = {"num_attention_heads": 1, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256}
+    record = {"model_type": "clip", "projection_dim": 24, "vision_config": {**heads, "image_size": 32, "patch_size": 8},
+              "text_config": {**words, "max_position_embeddings": 16}}  # fmt: skip
+    (box / "config.json").write_text(json.dumps(record))
+    images = {"size": {"shortest_edge": 32}, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    (box / "preprocessor_config.json").write_text(json.dumps(images))
+    assert load(box).fingerprint == want
+    assert load(save(load(box), tmp_path / "again.safetensors")).fingerprint == want
 
 
 def test_folders_without_a_clear_choice(tmp_path):

@@ -323,7 +323,8 @@ class Encoder(nn.Module):
 
     def _digest(self, state: dict[str, torch.Tensor]) -> str:
         record = {
-            "config": self.config.to_dict(),
+            # a name decides no vector: the same weights under another file name are the same encoder
+            "config": {k: v for k, v in self.config.to_dict().items() if k != "name"},
             "preprocess": self._preprocess_key(),
             "tokenizer": getattr(self.tokenizer, "fingerprint", "none"),
             "precision": self.precision,
