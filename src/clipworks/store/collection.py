@@ -17,7 +17,7 @@ from ..errors import ClipworksError, CollectionError, check_choice
 from ..types import Features
 from . import snapshot
 from .identity import describe
-from .journal import Journal
+from .journal import TABLE, Journal
 from .table import FORMAT, INTERNAL, OWN, Writer, damaged, is_collection, literal, make_schema, open_table, translated
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Collection:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        if not is_collection(self.path) and Journal.read(self.path).files:
+            raise damaged(self.path, {TABLE: "has lost all its versions"})
         if not is_collection(self.path):
             raise CollectionError(_absent(self.path))
         _check_files(self.path)

@@ -21,7 +21,7 @@ from ..errors import ClipworksError, check_choice, check_range
 
 MEMORY = 256 * 2**20
 FEW, MANY = 3, 16  # up to FEW queries go one by one; from MANY on bf16 pays for its conversion
-BLOCK = 8192  # rows; larger blocks leave the cache
+BLOCK = 2048  # rows converted and multiplied at once; larger blocks leave the cache
 
 
 def top_k(
@@ -65,7 +65,7 @@ def top_k(
     k = min(k, count)
     if not k or not len(queries):
         return np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-    at_once = max(1, min(len(queries), memory // (8 * max(BLOCK, 4 * k + 256))))
+    at_once = max(1, min(len(queries), memory // (32 * max(BLOCK, 4 * k + 256))))
     task = _Task(vectors, rows, memory, norm)
     parts = [task.some(queries[i : i + at_once], k, path) for i in range(0, len(queries), at_once)]
     return np.concatenate([s for s, _ in parts]), np.concatenate([r for _, r in parts])
@@ -96,17 +96,19 @@ class _Task:
     def some(self, queries: np.ndarray, k: int, path: str) -> tuple[np.ndarray, np.ndarray]:
         """As many queries as the memory allows at once."""
         path = choose(len(queries), self.vectors.dtype) if path == "auto" else path
-        keep = min(self.count, 4 * k + 128)
+        keep = min(self.count, 2 * k + 48)
         asked = torch.from_numpy(queries)
         short = asked.half() if path == "half" else asked.bfloat16()
         if path == "float32" or keep == self.count or not torch.isfinite(short).all():
             return self.exact(queries, k)
-        best = _Best(len(queries), keep)
-        for start, block in self.blocks(len(queries)):
-            if path == "half":
-                best.update(torch.stack([torch.mv(block, q) for q in short]), start)
-            else:
-                best.update(F.linear(short, block.float().bfloat16()), start)
+        best = _Best(len(queries), keep, self.count, self.memory)
+        if path == "half":
+            for block in self.stored(4 * BLOCK):
+                best.update(torch.stack([torch.mv(block, q) for q in short]))
+        else:
+            narrow = torch.empty(BLOCK, self.vectors.shape[1], dtype=torch.bfloat16)
+            for block in self.wide():
+                best.update(F.linear(short, narrow[: len(block)].copy_(block)))
         approximate, numbers = self.numbers(best)
         scores, numbers = self.rescore(queries, numbers)
         unit = 2.0**-11 if path == "half" else 2.0**-9  # of the short type; float16 rows are not rounded themselves
@@ -124,14 +126,13 @@ class _Task:
         """Float32 throughout; more than k are kept until no equal score can have been left out."""
         keep = min(self.count, k + 16)
         while True:
-            best = _Best(len(queries), keep)
+            best = _Best(len(queries), keep, self.count, self.memory)
             with fast_matmul():
-                for start, block in self.blocks(len(queries)):
-                    wide = block.float()
+                for block in self.wide():
                     if len(queries) == 1:  # numpy's product of a matrix and a vector is the faster one
-                        best.update(torch.from_numpy(wide.numpy() @ queries[0])[None], start)
+                        best.update(torch.from_numpy(block.numpy() @ queries[0])[None])
                     else:
-                        best.update(F.linear(torch.from_numpy(queries), wide), start)
+                        best.update(F.linear(torch.from_numpy(queries), block))
             approximate, numbers = self.numbers(best)
             scores, numbers = self.rescore(queries, numbers)
             slack = 1e-5 * self.longest() * np.linalg.norm(queries, axis=1)
@@ -139,17 +140,23 @@ class _Task:
                 return scores[:, :k], numbers[:, :k]
             keep = min(self.count, 8 * keep)
 
-    def blocks(self, queries: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Consecutive rows (or the chosen ones) as tensors in the type they are stored in."""
-        height = int(max(64, min(BLOCK, self.memory // (8 * (self.vectors.shape[1] + queries)))))
+    def stored(self, height: int) -> Iterator[torch.Tensor]:
+        """Consecutive rows (or the chosen ones) as they are stored."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable.*")
             for start in range(0, self.count, height):
                 chosen = slice(start, start + height) if self.rows is None else self.rows[start : start + height]
-                yield start, torch.from_numpy(np.asarray(self.vectors[chosen]))
+                yield torch.from_numpy(np.asarray(self.vectors[chosen]))
+
+    def wide(self) -> Iterator[torch.Tensor]:
+        """The same in float32, always in the same memory."""
+        buffer = torch.empty(BLOCK, self.vectors.shape[1])
+        for block in self.stored(BLOCK):
+            yield buffer[: len(block)].copy_(block)
 
     def numbers(self, best: _Best) -> tuple[torch.Tensor, np.ndarray]:
         """Scores, best first, and the row numbers they belong to."""
+        best.sift()
         scores, order = best.scores.sort(descending=True, stable=True)
         places = best.places.gather(1, order).numpy()
         return scores, places if self.rows is None else self.rows[places]
@@ -167,24 +174,39 @@ class _Task:
         """Length of the longest row."""
         if self.norm is None:
             whole = _Task(self.vectors, None, self.memory, None)
-            lengths = (torch.linalg.vector_norm(block.float(), dim=1).max() for _, block in whole.blocks(0))
-            self.norm = float(max(lengths))
+            self.norm = float(max(torch.linalg.vector_norm(block, dim=1).max() for block in whole.wide()))
         return self.norm
 
 
 class _Best:
-    """The best scores of every query so far, and their places."""
+    """The best scores of every query so far, and their places; blocks are gathered before they are sifted."""
 
-    def __init__(self, queries: int, keep: int):
+    def __init__(self, queries: int, keep: int, count: int, memory: int):
         self.keep = keep
         self.scores = torch.empty(queries, 0)
         self.places = torch.empty(queries, 0, dtype=torch.int64)
+        self.width = max(4 * BLOCK, min(count, memory // (8 * queries)))
+        self.buffer: torch.Tensor | None = None
+        self.start = self.filled = 0
 
-    def update(self, scores: torch.Tensor, start: int) -> None:
-        top, places = scores.topk(min(self.keep, scores.shape[1]), sorted=False)
+    def update(self, scores: torch.Tensor) -> None:
+        """Take the scores of the rows that follow."""
+        if self.buffer is None:
+            self.buffer = torch.empty(len(scores), self.width, dtype=scores.dtype)
+        if self.filled + scores.shape[1] > self.width:
+            self.sift()
+        self.buffer[:, self.filled : self.filled + scores.shape[1]] = scores
+        self.filled += scores.shape[1]
+
+    def sift(self) -> None:
+        if self.buffer is None or not self.filled:
+            return
+        top, places = self.buffer[:, : self.filled].topk(min(self.keep, self.filled), sorted=False)
         joined = torch.cat([self.scores, top.float()], 1)
-        where = torch.cat([self.places, places + start], 1)
+        where = torch.cat([self.places, places + self.start], 1)
         if joined.shape[1] > self.keep:
             joined, chosen = joined.topk(self.keep, sorted=False)
             where = where.gather(1, chosen)
         self.scores, self.places = joined, where
+        self.start += self.filled
+        self.filled = 0

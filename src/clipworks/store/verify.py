@@ -24,6 +24,7 @@ from .journal import TABLE, Journal, newest_manifest, sha256, table_files
 from .lock import WriterLock, owner
 from .table import DTYPES, INTERNAL, OWN, bad_rows, is_collection, open_table, translated
 
+WORK = ".repair"
 FRAGMENTS = 1 << 20  # fragment numbers tried at most
 
 
@@ -92,6 +93,8 @@ def verify(path: str | os.PathLike, *, repair: bool = False) -> Verification:
         If there is no collection, or another process writes it.
     """
     place = Path(path)
+    if not (place / TABLE).exists() and is_collection(place / WORK):
+        os.rename(place / WORK / TABLE, place / TABLE)  # a repair that was killed in its last step
     if not is_collection(place) and not Journal.read(place).files:
         Collection(place)  # says what is wrong with the path
     held = owner(place)
@@ -132,7 +135,7 @@ def _check_rows(place: Path, found: Verification) -> list[pa.Table]:
     intact: list[pa.Table] = []
     again = "`--repair` keeps every other row; embed again for these"
     newest = newest_manifest(place)
-    version, spare = _spare(place) if found.damage else (None, None)
+    version, spare = _spare(place) if found.damage else ("", None)
     if spare is not None and (newest is None or version < newest):
         return [spare]  # the table has lost its last changes; names count down
     try:
@@ -207,7 +210,7 @@ def _repair(place: Path, found: Verification, parts: list[pa.Table]) -> None:
     with WriterLock(place), translated(place, sum(part.nbytes for part in parts)):
         import lancedb
 
-        work = place / ".repair"
+        work = place / WORK
         shutil.rmtree(work, ignore_errors=True)
         names = [name for name in (*OWN, *INTERNAL) if name in order]
         names += [name for name in order if name not in names]
