@@ -50,7 +50,7 @@ class Recipe(Protocol):
 class ContrastiveRecipe:
     """One view and one caption per sample, one contrastive loss; the base that other recipes vary.
 
-    Subclasses override `texts` (which words), `pixels` (which views), `features` or `losses`. One that cannot be
+    Subclasses override `texts` (which words), `pixels` (which views), `encode`, `features` or `losses`. One that cannot be
     split into the two halves overrides `forward` and sets `split = False`.
 
     Parameters
@@ -101,14 +101,14 @@ class ContrastiveRecipe:
         """Return the words of every item: its caption."""
         return [item.caption or "" for item in items]
 
+    def encode(self, encoder: Encoder, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the rows of both sides."""
+        return {"image": encoder.encode_image(batch["pixels"]), "text": encoder.encode_text(batch["tokens"])}
+
     def features(self, encoder: Encoder, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Encode both sides; every value is a tensor of rows or a scalar of shape ()."""
-        found = {
-            "image": encoder.encode_image(batch["pixels"]),
-            "text": encoder.encode_text(batch["tokens"]),
-            # () also where sharding keeps the parameter as a vector of one
-            "scale": encoder.log_scale.exp().reshape(()),
-        }
+        # () also where sharding keeps the parameter as a vector of one
+        found = {**self.encode(encoder, batch), "scale": encoder.log_scale.exp().reshape(())}
         bias: Any = encoder.bias
         if bias is not None and "bias" in inspect.signature(self.loss).parameters:
             found["bias"] = bias.reshape(())
