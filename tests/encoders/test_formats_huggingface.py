@@ -200,9 +200,13 @@ CONFIG_FAULTS = {
     "vision_config__num_attention_heads": (5, "heads must divide the width 48. Got 5"),
     "vision_config__image_size": ([32, 64], "image_size must be one number"),
     "vision_config__num_hidden_layers": (4, "missing vision_model.encoder.layers.3.self_attn"),
+    "vision_config__layer_norm_eps": ("small", "config.json"),
     "text_config__num_hidden_layers": (1, "unexpected text_model.encoder.layers.1.layer_norm1.bias"),
     "projection_dim": (23, r"visual.projection.weight is \(24, 48\), expected \(23, 48\)"),
     "text_config": ("none", "config.json"),
+    "text_config__hidden_size": ("32", "config.json"),
+    "vision_config__intermediate_size": (-5, "no encoder can be built|expected"),
+    "text_config__num_attention_heads": (0, "heads must lie in"),
 }
 
 

@@ -249,12 +249,22 @@ def test_missing_extra_and_misshapen_tensors(tmp_path):
         assert str(path) in str(caught.value)
 
 
+def text(**changes):
+    """Metadata whose text tower is described otherwise."""
+    return lambda r: {**r, "config": {**r["config"], "text": {**r["config"]["text"], **changes}}}
+
+
 @pytest.mark.parametrize(("change", "reason"), [
     (lambda r: "{", "missing or damaged"),
     (lambda r: [1], "missing or damaged"),
     (lambda r: {**r, "version": 2}, "written in version 2 of the format, this library reads 1"),
     (lambda r: {**r, "config": 3}, "no configuration"),
     (lambda r: {**r, "config": {**r["config"], "visionn": {}}}, "no field 'visionn'.*Did you mean 'vision'"),
+    (text(layers=10**9), "cannot be the layers"),
+    (text(layers=2.0), "cannot be the layers"),
+    (text(mlp_width=-1), "can be built from"),
+    (text(norm_eps="small"), "norm_eps|not supported"),
+    (lambda r: {**r, "config": {**r["config"], "dim": 10**30}}, "can be built from"),
     (lambda r: {**r, "tokenizer": {"kind": "sentencepiece"}}, "unknown kind of tokenizer 'sentencepiece'"),
     (lambda r: {**r, "tokenizer": {"kind": "json", "file": "{", "options": {}}}, "tokenizer.json cannot be read"),
     (lambda r: {**r, "tokenizer": {"kind": "json"}}, "tokenizer entry is damaged"),

@@ -1,8 +1,11 @@
 """`load` and `models`: names, paths, the local cache, the one download, digests, devices, messages."""
 
+import doctest
 import hashlib
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,6 +262,14 @@ def test_a_half_filled_cache_is_no_cache(tmp_path, cache):
     with pytest.raises(ClipworksError, match=r"could not be fetched"):
         load("hf:org/shards")
     assert asked == ["org/part", "org/shards"]
+
+
+def test_guide(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    guide = Path(__file__).parents[2] / "docs" / "weights.md"
+    failed, tried = doctest.testfile(str(guide), module_relative=False)
+    assert failed == 0
+    assert tried > 15
 
 
 def test_unknown_layouts_say_what_was_found(tmp_path):

@@ -94,6 +94,7 @@ class VisionConfig(_Config):
         check_choice("vision.pool", self.pool, ("class", "attention", "mean"))
         check_range("vision.image_size", self.image_size, self.patch_size)
         check_range("vision.patch_size", self.patch_size, 1)
+        check_range("vision.norm_eps", self.norm_eps, 0, 1)
         if self.kind == "resnet":
             if isinstance(self.layers, int) or len(self.layers) != 4:
                 raise ClipworksError(f"vision.layers of a ResNet must be four numbers. Got {self.layers!r}.")
@@ -162,6 +163,7 @@ class TextConfig(_Config):
         check_choice("text.pool", self.pool, ("eot", "last", "mean", "first"))
         check_choice("text.norm_order", self.norm_order, ("pre", "post"))
         check_range("text.context_length", self.context_length, 1)
+        check_range("text.norm_eps", self.norm_eps, 0, 1)
         _check_heads("text", self.width, self.heads)
 
 

@@ -30,6 +30,15 @@ def blank(config: EncoderConfig, tokenizer: Any = None) -> Encoder:
         return Encoder(config, tokenizer, seed=None)
 
 
+def check_depth(config: EncoderConfig, count: int, where: str) -> None:
+    """Refuse a configuration that asks for more layers than a file of `count` tensors can hold; building them would
+    otherwise not end."""
+    depths = [*([config.vision.layers] if isinstance(config.vision.layers, int) else config.vision.layers)]
+    depths.append(config.text.layers)
+    if not all(isinstance(d, int) and d >= 0 for d in depths) or sum(depths) > count:
+        raise BadWeights(f"{where}: {count} tensors cannot be the layers {depths!r:.80} that the configuration names.")
+
+
 def build(config: EncoderConfig, values: Mapping[str, torch.Tensor], tokenizer: Any, where: str) -> Encoder:
     """Make the encoder of a configuration from tensors under our names, in the precision that they have.
 
@@ -46,7 +55,11 @@ def build(config: EncoderConfig, values: Mapping[str, torch.Tensor], tokenizer: 
         For a missing or unexpected name, a wrong shape, or numbers that are not finite; all of them are counted
         and the first are named.
     """
-    encoder = blank(config, tokenizer)
+    check_depth(config, len(values), where)
+    try:
+        encoder = blank(config, tokenizer)
+    except (RuntimeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise BadWeights(f"{where}: no encoder can be built from the configuration ({error!s:.200}).") from error
     wanted = encoder.state_dict()
     # a counter that nothing reads; not every file has it
     counters = {n: torch.tensor(0) for n in wanted if n.endswith("num_batches_tracked")}

@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import BadWeights, ClipworksError
 from ..config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
 from ..encoder import Encoder
-from .build import build
+from .build import build, check_depth
 from .files import Tensors, read_json
 from .keymap import Pair, both, fused, one, take
 from .tokens import CLIP_VOCABULARY, clip_tokenizer, special_id, tokenizer_beside
@@ -60,6 +60,7 @@ def load(tensors: Tensors) -> Encoder:
         raise
     except (ClipworksError, TypeError, KeyError, ValueError) as error:
         raise BadWeights(f"{folder / 'config.json'}: {error}") from error
+    check_depth(config, len(tensors.values), str(tensors.path))
     ours = take(pairs(config), tensors.values, tensors.describe())
     return build(config, ours, _tokenizer(folder, record, config.text), str(tensors.path))
 
@@ -82,16 +83,16 @@ def configure(record: dict[str, Any], folder: Path, preprocess: PreprocessConfig
         image_size=size, patch_size=patch, **_tower(vision), pool="attention" if siglip else "class",
         class_token=not siglip, norm_pre=not siglip, patch_bias=siglip, projection=not siglip,
     )  # fmt: skip
-    end = text.get("eos_token_id")
-    if not siglip and (not isinstance(end, int) or end == 2):  # 2 stands in old files, where the largest id is meant
-        end = text["vocab_size"] - 1
+    end, pad = text.get("eos_token_id"), 0
     if siglip:
         # the ids of config.json are not those of the tokenizer (transformers#24773); the tokenizer's own count
         end = _first(special_id(folder, "eos"), 1)
-    pad = _first(special_id(folder, "pad"), text.get("pad_token_id"), 1) if siglip else 0
+        pad = _first(special_id(folder, "pad"), text.get("pad_token_id"), 1)
+    elif not isinstance(end, int) or end == 2:  # 2 stands in old files, where the largest id is meant
+        end = text["vocab_size"] - 1
     text_config = TextConfig(
         vocab_size=text["vocab_size"], context_length=text["max_position_embeddings"], **_tower(text),
-        causal=not siglip, pool="last" if siglip else "eot", projection_bias=siglip, eot_id=end, pad_id=pad,
+        causal=not siglip, pool="last" if siglip else "eot", projection_bias=siglip, eot_id=int(end), pad_id=pad,
         tokenizer="clip-bpe" if text["vocab_size"] == CLIP_VOCABULARY and not siglip else "tokenizer.json",
     )  # fmt: skip
     start: dict[str, Any] = {"init_log_scale": 2.302585, "logit_bias": -10.0} if siglip else {}

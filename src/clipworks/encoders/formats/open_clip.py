@@ -19,7 +19,7 @@ from ..config import CLIP_MEAN, CLIP_STD, EncoderConfig, PreprocessConfig, TextC
 from ..encoder import Encoder
 from ..published import ARCHITECTURES
 from . import openai
-from .build import build
+from .build import build, check_depth
 from .files import Tensors, read_json
 from .keymap import Pair, both, fused, one, take
 from .tokens import CLIP_VOCABULARY, clip_tokenizer, special_id, tokenizer_beside
@@ -57,8 +57,9 @@ def load(tensors: Tensors, architecture: str | None = None) -> Encoder:
     architecture : a name of `published.ARCHITECTURES`; None reads `open_clip_config.json` beside the file
     """
     folder, where = tensors.path.parent, str(tensors.path)
+    preprocess: dict[str, Any] = {}
     if architecture is not None:
-        model, preprocess = ARCHITECTURES[architecture], {}
+        model = ARCHITECTURES[architecture]
     elif (folder / CONFIG).is_file():
         record = read_json(folder / CONFIG)
         model, preprocess = record.get("model_cfg", record), record.get("preprocess_cfg") or {}
@@ -69,6 +70,7 @@ def load(tensors: Tensors, architecture: str | None = None) -> Encoder:
         config = configure(model, preprocess, tensors.values, architecture or tensors.path.stem, folder)
     except (ClipworksError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadWeights(f"{where}: {error if isinstance(error, ClipworksError) else repr(error)}") from error
+    check_depth(config, len(tensors.values), str(tensors.path))
     ours = take(pairs(config, tensors.values), tensors.values, tensors.describe())
     return build(config, ours, _tokenizer(folder, model["text_cfg"], config.text), str(tensors.path))
 

@@ -15,7 +15,7 @@ import torch
 from ...errors import BadWeights, ClipworksError
 from ..config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
 from ..encoder import Encoder
-from .build import build
+from .build import build, check_depth
 from .files import Tensors
 from .keymap import Pair, both, depth, fused, one, take
 from .tokens import clip_tokenizer
@@ -38,6 +38,7 @@ def load(tensors: Tensors) -> Encoder:
         if isinstance(error, ClipworksError) and not isinstance(error, BadWeights):
             raise BadWeights(f"{tensors.path}: {error}") from error
         raise BadWeights(f"not a model of OpenAI's release ({error}): {tensors.describe()}.") from error
+    check_depth(config, len(tensors.values), str(tensors.path))
     ours = take(pairs(config), values, tensors.describe())
     return build(config, ours, clip_tokenizer(config.text), str(tensors.path))
 
