@@ -1,0 +1,330 @@
+"""Every pre-training recipe against plain CLIP on real pairs, from scratch, at equal compute, over several seeds.
+
+    apt-get download openclipart-png openclipart-svg
+    for f in openclipart-*.deb; do dpkg -x $f PAIRS; done
+    python benchmarks/recipes.py --pairs PAIRS [--seeds 3] [--only plain flip ...]
+
+Pairs are clip-art pictures (public domain) with what people wrote about them: the file's name as the noisy caption that
+plain CLIP gets, title, description and keywords as further captions. Equal compute means equal floating-point
+operations of the training steps (forward and backward, as torch counts them on one step of each recipe), so the load of
+the machine does not matter; making the views is not counted. A finished run is a file in `--work`; a second start goes
+on with what is missing, and every start rewrites `results/recipes.json` from what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import re
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipworks.data.decode import decode
+from clipworks.data.item import Item
+from clipworks.encoders.config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
+from clipworks.encoders.encoder import Encoder
+from clipworks.encoders.tokenizers.pretrained import PretrainedTokenizer
+from clipworks.errors import BadImage
+from clipworks.training.augment import Augment
+from clipworks.training.evaluate import recalls, zeroshot
+from clipworks.training.feed import data_digest
+from clipworks.training.loop import train
+from clipworks.training.recipe import ContrastiveRecipe
+from clipworks.training.towers import Towers
+from clipworks.zeroshot.classifier import class_vectors
+from common import record
+
+SIDE, STORED, BATCH, LR = 48, 56, 128, 1e-3
+WEAK = Augment(scale=(0.5, 1.0))
+STRONG = Augment(scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2)
+HELD_OUT = 500
+# folders of near-copies: they belong to the raw pool that curation is tried on, not to the clean one
+BULK = re.compile(r"^shapes/stars/|-theme/|^recreation/games/cards/")
+TEMPLATES = ("{}.", "a drawing of {}.")
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pairs:
+    """The pool, cut into training and held-out parts.
+
+    Attributes
+    ----------
+    clean, raw : training items without and with the folders of near-copies
+    held_out : items whose titles appear nowhere in training
+    """
+
+    clean: list[Item]
+    raw: list[Item]
+    held_out: list[Item]
+
+
+def words(text: str) -> str:
+    """Lower-case words of a name or a sentence, digits left out."""
+    text = re.sub(r"([a-z])([A-Z])", r"\1 \2", html.unescape(html.unescape(text)))
+    return " ".join(re.findall(r"[^\W\d_]+", text.lower()))
+
+
+def read_pairs(folder: Path, work: Path) -> Pairs:
+    """Decode all pictures once, put their words beside them, and split by title."""
+    root = folder / "usr/share/openclipart"
+    files = sorted(f for f in (root / "png").rglob("*.png") if not f.is_symlink())
+    if not files:
+        raise SystemExit(f"--pairs must hold usr/share/openclipart/png. Nothing in {folder}.")
+    store = work / f"pixels-{STORED}.npz"
+    if not store.exists():
+        usable = {file.relative_to(root / "png").with_suffix("").as_posix(): square(file) for file in files}
+        np.savez(store, **{key: pixels for key, pixels in usable.items() if pixels is not None})
+    items, seen = [], set()
+    with np.load(store) as pixels:
+        for key in pixels:
+            image = pixels[key]
+            if image.tobytes() not in seen:
+                seen.add(image.tobytes())
+                items.append(item_of(key, image, root / "svg"))
+    clean = [item for item in items if not BULK.search(item.key)]
+    # a title is held out as a whole, so that series of near-copies never straddle the split
+    titles = Counter(item.columns["title"] for item in clean)
+    common = Counter(w for item in clean for w in set(" ".join([item.caption or "", *item.columns["alternatives"]]).split()))
+    single = [t for t in sorted(titles) if t and titles[t] == 1 and all(common[w] > 2 for w in t.split())]
+    chosen = set(np.random.default_rng(0).permutation(single)[:HELD_OUT].tolist())
+    held_out = [item for item in clean if item.columns["title"] in chosen]
+    return Pairs([i for i in clean if i.columns["title"] not in chosen],
+                 [i for i in items if i.columns["title"] not in chosen], held_out)  # fmt: skip
+
+
+def square(file: Path) -> np.ndarray | None:
+    """The picture on white, padded to a square of the stored size; None if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.asarray(ImageOps.pad(decode(file), (STORED, STORED), color="white"))
+    except BadImage:
+        return None
+
+
+def item_of(key: str, image: np.ndarray, drawings: Path) -> Item:
+    """One picture with its file name as caption, and title, description, keywords from the drawing's metadata."""
+    *folders, name = key.split("/")
+    drawing = drawings / f"{key}.svg"
+    text = drawing.read_text(encoding="utf-8", errors="replace") if drawing.exists() else ""
+
+    def field(tag: str) -> list[str]:
+        found = re.findall(rf"<{tag}>([^<]*)</{tag}>", text)
+        return [words(f) for f in found if "HASH(" not in f.upper() and "@" not in f and words(f)]
+
+    title = (field("dc:title") or [""])[0]
+    keywords = list(dict.fromkeys(k for k in field("rdf:li") if k != "hash"))
+    about = (field("dc:description") or [""])[0]
+    columns = {"title": title, "about": " ".join(about.split()[:12]), "keywords": " ".join(keywords[:8]),
+               "alternatives": [t for t in (title, about, " ".join(keywords[:8])) if t]}  # fmt: skip
+    return Item(key, image, words(name) or words(folders[-1]), words(folders[-1]), columns)
+
+
+def word_tokenizer(texts: list[str]) -> PretrainedTokenizer:
+    """Whole words that occur at least twice in training: 0 pads, 1 starts, 2 ends, 3 is any other word."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    counts = Counter(word for text in texts for word in text.split())
+    special = ["<pad>", "<start>", "<end>", "<unknown>"]
+    known = special + sorted(w for w, c in counts.items() if c > 1)
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unknown>"))
+    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    return PretrainedTokenizer(made.to_str().encode(), pad_id=0, eot_id=2)
+
+
+def encoder_for(pairs: Pairs, seed: int) -> Encoder:
+    """Random towers: 36 patches of 8 pixels, four blocks of width 96; two blocks for words."""
+    tokenizer = word_tokenizer([t for i in pairs.raw for t in (i.caption or "", *i.columns["alternatives"])])
+    config = EncoderConfig(
+        name="small-words", dim=96,
+        vision=VisionConfig(image_size=SIDE, patch_size=8, width=96, layers=4, heads=3, mlp_width=384, activation="gelu"),
+        text=TextConfig(vocab_size=tokenizer.vocab_size, context_length=16, width=96, layers=2, heads=3, mlp_width=384,
+                        activation="gelu", eot_id=2, tokenizer="words.json"),
+        preprocess=PreprocessConfig(size=SIDE, mean=(0.5,) * 3, std=(0.25,) * 3),
+    )  # fmt: skip
+    return Encoder(config, tokenizer, seed=seed)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def plain() -> ContrastiveRecipe:
+    return ContrastiveRecipe("infonce", WEAK)
+
+
+def flip() -> Any:
+    from clipworks.pretraining.flip import FlipRecipe
+
+    return FlipRecipe(0.5, augment=WEAK)
+
+
+def laclip() -> Any:
+    from clipworks.pretraining.caption_pools import CaptionPools
+
+    return CaptionPools(columns=["alternatives"], min_words=1, augment=WEAK)
+
+
+def veclip() -> Any:
+    from clipworks.pretraining.caption_pools import CaptionPools
+
+    return CaptionPools(columns=["alternatives"], original=0.5, min_words=1, augment=WEAK)
+
+
+RECIPES: dict[str, Callable[[], Any]] = {f.__name__: f for f in (plain, flip, laclip, veclip)}
+CURATED = {"plain_raw": None, "metaclip": 20.0}
+
+
+def curated(items: list[Item], t: float | None, seed: int) -> list[Item]:
+    """The raw pool, whole or balanced against the words of the class of things that nouns of its own titles name."""
+    if t is None:
+        return items
+    from clipworks.pretraining.metaclip import curate
+
+    known = Counter(w for item in items for w in set((item.caption or "").split()))
+    metadata = sorted(word for word, count in known.items() if count > 1)
+    return [items[i] for i in curate([item.caption or "" for item in items], metadata, t, seed).indices]
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def operations(recipe: Any, encoder: Encoder, items: list[Item]) -> int:
+    """Floating-point operations of one training step, forward and backward."""
+    recipe.bind(encoder, None)
+    batch = recipe.batch(items[:BATCH], 0, np.random.default_rng(0))
+    with FlopCounterMode(display=False) as counter:
+        losses = Towers(encoder, recipe)(batch, "forward")
+        torch.stack(list(losses.values())).sum().backward()
+    return counter.get_total_flops()
+
+
+def one_run(name: str, seed: int, pairs: Pairs, plain_steps: int) -> dict[str, Any]:
+    """Train with one recipe within the budget of `plain_steps` plain steps and measure on the held-out pairs."""
+    budget = plain_steps * operations(plain(), encoder_for(pairs, 0), pairs.clean)
+    items = curated(pairs.raw, CURATED[name], seed) if name in CURATED else pairs.clean
+    make = plain if name in CURATED else RECIPES[name]
+    each = operations(make(), encoder_for(pairs, 0), items)
+    steps = budget // each
+    began, cpu = time.perf_counter(), time.process_time()
+    encoder = fitted(items, encoder_for(pairs, seed), make(), steps, seed)
+    seconds = {"wall_seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+    return {"recipe": name, "seed": seed, "steps": steps, "gflop_per_step": round(each / 1e9, 3),
+            "pairs": len(items), "pairs_seen": steps * BATCH, **seconds,
+            **{k: round(v, 3) for k, v in measure(encoder, pairs.held_out).items()}}  # fmt: skip
+
+
+def fitted(items: list[Item], encoder: Encoder, recipe: Any, steps: int, seed: int, **options: Any) -> Encoder:
+    """Train in a folder that is thrown away."""
+    out = tempfile.mkdtemp()
+    settings = {"lr": LR, "weight_decay": 0.2, "clip": 1.0, **options}
+    try:
+        report = train(items, encoder, out=out, recipe=recipe, steps=steps, batch_size=BATCH, save_every=steps,
+                       log_every=50, workers=1, device="cpu", seed=seed, progress=False, **settings)  # fmt: skip
+    finally:
+        shutil.rmtree(out)
+    assert report.encoder is not None
+    return report.encoder
+
+
+@torch.no_grad()
+def measure(encoder: Encoder, items: list[Item]) -> dict[str, float]:
+    """Recall@10 against file names, titles and keywords, zero-shot accuracy on folder names, modality gap; percent."""
+    encoder.eval()
+    size = (SIDE, SIDE)
+    arrays = np.stack([np.asarray(Image.fromarray(i.image).resize(size, Image.Resampling.BICUBIC)) for i in items])
+    pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.25)
+    image = encoder.images(pixels, batch_size=100).numpy()
+    found: dict[str, float] = {}
+    for style in ("name", "title", "keywords"):
+        texts = [str(i.caption if style == "name" else i.columns[style]) for i in items]
+        with_words = [n for n, t in enumerate(texts) if t]
+        distinct = list(dict.fromkeys(texts[n] for n in with_words))
+        owner = np.array([distinct.index(texts[n]) for n in with_words])
+        hits = recalls(image[with_words], encoder.texts(distinct).numpy(), owner)
+        found[f"recall10_{style}"] = (hits["image_to_text_recall@10"] + hits["text_to_image_recall@10"]) / 2
+        found[f"recall1_{style}"] = (hits["image_to_text_recall@1"] + hits["text_to_image_recall@1"]) / 2
+        if style == "name":
+            gap = image[with_words].mean(0) - encoder.texts([texts[n] for n in with_words]).numpy().mean(0)
+            found["gap"] = float(np.linalg.norm(gap))
+    count = Counter(i.label for i in items)
+    names = sorted(str(n) for n, c in count.items() if c >= 8)
+    rows = [n for n, i in enumerate(items) if i.label in names]
+    classes = class_vectors(names, encoder, templates=TEMPLATES).numpy()
+    target = np.array([names.index(str(items[n].label)) for n in rows])
+    found["zeroshot"] = zeroshot(image[rows], classes, target)["zeroshot_mean_per_class"]
+    return found
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of every recipe, and the difference to its baseline seed by seed."""
+    table: dict[str, Any] = {}
+    measured = [k for k in runs[0] if k.startswith(("recall", "zeroshot", "gap"))]
+    by = {(r["recipe"], r["seed"]): r for r in runs}
+    for name in dict.fromkeys(r["recipe"] for r in runs):
+        own = [r for r in runs if r["recipe"] == name]
+        base = "plain_raw" if name in CURATED else "plain"
+        entry: dict[str, Any] = {"seeds": len(own), "baseline": base}
+        for key in measured:
+            values = [r[key] for r in own]
+            paired = [r[key] - by[base, r["seed"]][key] for r in own if (base, r["seed"]) in by]
+            entry[key] = {"mean": mean(values), "sd": spread(values), "gain": mean(paired), "gain_sd": spread(paired)}
+        table[name] = entry
+    return table
+
+
+def mean(values: list[float]) -> float | None:
+    return round(statistics.fmean(values), 2) if values else None
+
+
+def spread(values: list[float]) -> float | None:
+    return round(statistics.stdev(values), 2) if len(values) > 1 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("recipes-work"))
+    parser.add_argument("--steps", type=int, default=250, help="of plain CLIP; all others get the same operations")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    pairs = read_pairs(given.pairs, given.work)
+    names = given.only or [*RECIPES, *CURATED]
+    for seed in range(given.seeds):
+        for name in names:
+            file = given.work / f"{name}-{seed}.json"
+            if not file.exists():
+                entry = one_run(name, seed, pairs, given.steps)
+                file.write_text(json.dumps(entry) + "\n", encoding="utf-8")
+                print(json.dumps(entry), flush=True)
+    runs = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(given.work.glob("*-[0-9].json"))]
+    known = [r for r in runs if r["recipe"] in {*RECIPES, *CURATED}]
+    sizes = {"clean": len(pairs.clean), "raw": len(pairs.raw), "held_out": len(pairs.held_out)}
+    results = {"plain_steps": given.steps, "batch": BATCH, "pairs": sizes, "summary": summary(known), "runs": known}
+    record("recipes", results, seed=0, data_digest=data_digest([*pairs.raw, *pairs.held_out]))
+
+
+if __name__ == "__main__":
+    main()
