@@ -101,7 +101,8 @@ def read_pairs(folder: Path, work: Path) -> Pairs:
     clean = [item for item in items if not BULK.search(item.key)]
     # a title is held out as a whole, so that series of near-copies never straddle the split
     titles = Counter(item.columns["title"] for item in clean)
-    common = Counter(w for item in clean for w in set(" ".join([item.caption or "", *item.columns["alternatives"]]).split()))
+    texts = [" ".join([item.caption or "", *item.columns["alternatives"]]) for item in clean]
+    common = Counter(w for text in texts for w in set(text.split()))
     single = [t for t in sorted(titles) if t and titles[t] == 1 and all(common[w] > 2 for w in t.split())]
     chosen = set(np.random.default_rng(0).permutation(single)[:HELD_OUT].tolist())
     held_out = [item for item in clean if item.columns["title"] in chosen]
@@ -157,7 +158,8 @@ def encoder_for(pairs: Pairs, seed: int) -> Encoder:
     tokenizer = word_tokenizer([t for i in pairs.raw for t in (i.caption or "", *i.columns["alternatives"])])
     config = EncoderConfig(
         name="small-words", dim=96,
-        vision=VisionConfig(image_size=SIDE, patch_size=8, width=96, layers=4, heads=3, mlp_width=384, activation="gelu"),
+        vision=VisionConfig(image_size=SIDE, patch_size=8, width=96, layers=4, heads=3, mlp_width=384,
+                            activation="gelu"),
         text=TextConfig(vocab_size=tokenizer.vocab_size, context_length=16, width=96, layers=2, heads=3, mlp_width=384,
                         activation="gelu", eot_id=2, tokenizer="words.json"),
         preprocess=PreprocessConfig(size=SIDE, mean=(0.5,) * 3, std=(0.25,) * 3),
@@ -190,7 +192,40 @@ def veclip() -> Any:
     return CaptionPools(columns=["alternatives"], original=0.5, min_words=1, augment=WEAK)
 
 
-RECIPES: dict[str, Callable[[], Any]] = {f.__name__: f for f in (plain, flip, laclip, veclip)}
+def dreamlip() -> Any:
+    from clipworks.pretraining.dreamlip import DreamlipRecipe
+
+    return DreamlipRecipe(columns=["alternatives"], sentences_per_image=2, augment=WEAK)
+
+
+def improved_baselines() -> Any:
+    from clipworks.pretraining.improved_baselines import ImprovedRecipe
+
+    return ImprovedRecipe(hidden=256, out=96, weak=WEAK, strong=STRONG)
+
+
+def slip() -> Any:
+    from clipworks.pretraining.slip import SlipRecipe
+
+    return SlipRecipe(hidden=256, out=96, weak=WEAK, strong=STRONG)
+
+
+def a_clip() -> Any:
+    from clipworks.pretraining.a_clip import AttentiveRecipe
+
+    # the slow tower of a run of a few hundred steps must follow faster than that of one of many thousands
+    return AttentiveRecipe(momentum=0.98, hidden=256, out=96, crop=WEAK)
+
+
+def cloob() -> Any:
+    from clipworks.pretraining.cloob import CloobRecipe
+
+    return CloobRecipe(augment=WEAK)
+
+
+RECIPES: dict[str, Callable[[], Any]] = {
+    f.__name__: f for f in (plain, flip, laclip, veclip, dreamlip, improved_baselines, slip, a_clip, cloob)
+}
 CURATED = {"plain_raw": None, "metaclip": 20.0}
 
 
@@ -227,7 +262,8 @@ def one_run(name: str, seed: int, pairs: Pairs, plain_steps: int) -> dict[str, A
     steps = budget // each
     began, cpu = time.perf_counter(), time.process_time()
     encoder = fitted(items, encoder_for(pairs, seed), make(), steps, seed)
-    seconds = {"wall_seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    seconds = {"wall_seconds": round(wall, 1), "cpu_seconds": round(cpu, 1)}
     return {"recipe": name, "seed": seed, "steps": steps, "gflop_per_step": round(each / 1e9, 3),
             "pairs": len(items), "pairs_seen": steps * BATCH, **seconds,
             **{k: round(v, 3) for k, v in measure(encoder, pairs.held_out).items()}}  # fmt: skip

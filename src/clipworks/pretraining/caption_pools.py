@@ -72,7 +72,8 @@ class CaptionPools(ContrastiveRecipe):
 
     References
     ----------
-    Fan et al. 2023, Improving CLIP Training with Language Rewrites; Lai et al. 2024, VeCLIP; Zheng et al. 2024, DreamLIP
+    Fan et al. 2023, Improving CLIP Training with Language Rewrites
+    Lai et al. 2024, VeCLIP; Zheng et al. 2024, DreamLIP
 
     Examples
     --------
@@ -103,9 +104,8 @@ class CaptionPools(ContrastiveRecipe):
 
     @property
     def settings(self) -> dict[str, Any]:
-        own = {"columns": list(self.columns), "original": self.original, "texts_per_image": self.texts_per_image,
-               "keep_original": self.keep_original, "sentences": self.sentences, "min_words": self.min_words}  # fmt: skip
-        return {**super().settings, **own}
+        names = ("original", "texts_per_image", "keep_original", "sentences", "min_words")
+        return {**super().settings, "columns": list(self.columns), **{name: getattr(self, name) for name in names}}
 
     def batch(self, items: Sequence[Item], step: int, rng: np.random.Generator) -> dict[str, Any]:
         """Return `pixels`, and `tokens` of shape (n, L), or (n, K, L) with several texts per image."""
