@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
 from clipworks.encoders.config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
 from clipworks.encoders.encoder import Encoder
+from clipworks.encoders.tokenizers.pretrained import PretrainedTokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 70, 230), "yellow": (240, 220, 40)}
 SHAPES = ("square", "cross")
@@ -75,20 +77,20 @@ def drawings(count: int, seed: int = 0) -> list[tuple[Image.Image, str]]:
     return [(drawing(*name.split(), rng), f"a photo of a {name}") for name in names]
 
 
-class Words:
+class Words(PretrainedTokenizer):
     """A tokenizer of whole words: 1 starts, 2 ends, 0 pads, unknown words are 3."""
 
-    pad_id, eot_id, fixed_length, fingerprint = 0, 2, False, "toy-words"
     known = ("a", "photo", "of", "the", *COLOURS, *SHAPES)
     vocab_size = 4 + len(known)
 
-    def encode(self, texts: Any, context_length: int = 8, on_long: str = "truncate") -> tuple[torch.Tensor, int]:
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = [[4 + self.known.index(w) if w in self.known else 3 for w in text.lower().split()] for text in texts]
-        cut = sum(len(row) > context_length - 2 for row in rows)
-        rows = [[1, *row[: context_length - 2], 2] for row in rows]
-        width = max(map(len, rows))
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows]), cut
+    def __init__(self):
+        ids = {word: i for i, word in enumerate(("<pad>", "<start>", "<end>", "<unknown>", *self.known))}
+        made = Tokenizer(models.WordLevel(ids, unk_token="<unknown>"))
+        made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+        made.post_processor = processors.TemplateProcessing(
+            single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+        )
+        super().__init__(made.to_str().encode(), pad_id=0, eot_id=2)
 
 
 def tiny(seed: int = 0, double: bool = False, **changes: Any) -> Encoder:
