@@ -169,7 +169,7 @@ class AttentiveRecipe(ModuleRecipe):
         if self.simclr_head is not None:
             one, two = (gather(self.simclr_head(v)) for v in (views[0], views[0 if self.first_view_twice else 1]))
             found["simclr"] = self.simclr * get_method("simclr", "losses")(one, two)
-        if self.byol:
+        if target is not None:
             guesses = [self.predictor(self.projector(v)) for v in views]
             found["byol"] = self.byol * torch.stack([far(guess, target) for guess in guesses]).mean()
         return found

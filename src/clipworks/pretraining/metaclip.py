@@ -93,8 +93,9 @@ class Matcher:
     def __call__(self, text: str) -> list[int]:
         """Return the distinct entries of a text, in ascending order."""
         following, fail, ends = self._next, self._fail, self._ends
-        node, found = 0, set()
-        for word in spaced(text).split(" "):
+        node = 0
+        found: set[int] = set()
+        for word in spaced(text)[1:-1].split(" "):  # the words that have a space on either side
             here = following[node].get(word)
             while here is None and node:
                 node = fail[node]
