@@ -18,7 +18,7 @@ import torch
 from ..errors import ClipworksError
 from ..registry import get_method
 from .augment import Augment, view
-from .gather import full_matrix, local_rows
+from .gather import full_matrix, gather, local_rows, processes
 
 if TYPE_CHECKING:
     from ..data.item import Item
@@ -135,13 +135,22 @@ def contrast(
 
     Parameters
     ----------
-    loss : function `(image, text, scale, **extra)`
+    loss : function `(image, text, scale, **extra)`; takes `group` if it exchanges rows between processes itself
     name : what to call its value, if it returns one
-    features : `image` and `text` of shape (n, dim), `scale` of shape (), and any scalar that the loss takes by name
+    features : `image` and `text` of shape (n, dim), `scale` of shape (), and any rows or scalars that the loss takes by
+        name; rows are gathered too
     options : further arguments of the loss
     """
     known = inspect.signature(loss).parameters
     extra = {k: v for k, v in features.items() if k not in ("image", "text", "scale") and k in known}
-    call = local_rows if "all_image" in known else full_matrix
-    value = call(loss, features["image"], features["text"], features["scale"], **extra, **options)
+    sides = features["image"], features["text"], features["scale"]
+    if "group" in known:  # the loss exchanges rows with the other processes itself
+        value = loss(*sides, **extra, **options)
+    elif "all_image" in known:
+        if processes() > 1:
+            extra |= {f"all_{k}": gather(v) for k, v in extra.items() if f"all_{k}" in known}
+        value = local_rows(loss, *sides, **extra, **options)
+    else:
+        extra = {k: gather(v) if v.ndim else v for k, v in extra.items()}
+        value = full_matrix(loss, *sides, **extra, **options)
     return value if isinstance(value, dict) else {name: value}
