@@ -143,14 +143,14 @@ def contrast(
     """
     known = inspect.signature(loss).parameters
     extra = {k: v for k, v in features.items() if k not in ("image", "text", "scale") and k in known}
-    sides = features["image"], features["text"], features["scale"]
+    image, text, scale = features["image"], features["text"], features["scale"]
     if "group" in known:  # the loss exchanges rows with the other processes itself
-        value = loss(*sides, **extra, **options)
+        value = loss(image, text, scale, **extra, **options)
     elif "all_image" in known:
         if processes() > 1:
             extra |= {f"all_{k}": gather(v) for k, v in extra.items() if f"all_{k}" in known}
-        value = local_rows(loss, *sides, **extra, **options)
+        value = local_rows(loss, image, text, scale, **extra, **options)
     else:
         extra = {k: gather(v) if v.ndim else v for k, v in extra.items()}
-        value = full_matrix(loss, *sides, **extra, **options)
+        value = full_matrix(loss, image, text, scale, **extra, **options)
     return value if isinstance(value, dict) else {name: value}
