@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from training.toy import drawings, tiny
 
 from clipworks.data.item import Item
 from clipworks.training.feed import step_generator
 from clipworks.training.loop import train
+from training.toy import drawings, tiny
 
 QUICK = {"steps": 3, "batch_size": 8, "lr": 1e-3, "log_every": 1, "workers": 1, "device": "cpu", "seed": 0}
 

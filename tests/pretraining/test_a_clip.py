@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from training.toy import tiny
 
 from clipworks.data.item import Item
 from clipworks.errors import ClipworksError
 from clipworks.pretraining.a_clip import AttentiveRecipe, attentive_patches, cut_scores, far, rising
 from clipworks.training.augment import Augment
 from clipworks.training.recipe import ContrastiveRecipe
+from training.toy import tiny
 
 from .small import items, step_of, trained
 

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from training.toy import tiny
 
 from clipworks.errors import ClipworksError
 from clipworks.pretraining.caption_pools import CaptionPools, draw_captions, read_pools, split_sentences
 from clipworks.training.recipe import ContrastiveRecipe
+from training.toy import tiny
 
 from .small import items, same, step_of, trained, unit_rows
 

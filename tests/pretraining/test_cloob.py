@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from training.toy import tiny
 
 from clipworks.errors import ClipworksError
 from clipworks.pretraining.cloob import CloobRecipe
+from training.toy import tiny
 
 from .small import step_of, trained, unit_rows
 

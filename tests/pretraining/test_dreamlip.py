@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from training.toy import tiny
 
 from clipworks.errors import ClipworksError
 from clipworks.pretraining.dreamlip import DreamlipRecipe, group_patches
 from clipworks.training.recipe import ContrastiveRecipe
+from training.toy import tiny
 
 from .small import items, same, step_of, trained, unit_rows
 

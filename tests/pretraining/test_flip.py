@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from training.toy import tiny
 
 from clipworks.encoders.config import EncoderConfig, VisionConfig
 from clipworks.errors import ClipworksError
 from clipworks.pretraining.flip import FlipRecipe, patch_count, random_patches
 from clipworks.training.augment import Augment
 from clipworks.training.recipe import ContrastiveRecipe
+from training.toy import tiny
 
 from .small import same, step_of, trained
 
