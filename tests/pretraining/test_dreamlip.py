@@ -9,7 +9,7 @@ import torch
 from clipworks.errors import ClipworksError
 from clipworks.pretraining.dreamlip import DreamlipRecipe, group_patches
 from clipworks.training.recipe import ContrastiveRecipe
-from training.toy import tiny
+from training.toy import spawn, tiny
 
 from .small import items, same, step_of, trained, unit_rows
 
@@ -147,3 +147,28 @@ def test_faults():
     for wrong in ({"sentences_per_image": -1}, {"grouping": -1.0}, {"delta": 2.0}, {"norm": "max"}):
         with pytest.raises(ClipworksError, match=next(iter(wrong))):
             DreamlipRecipe(**wrong)
+
+
+def _two(rank, count, path):
+    """A process's share of the losses, its gradient averaged as data-parallel training does."""
+    whole = features(4, 3)
+    leaves = {k: v[2 * rank : 2 * rank + 2].clone().requires_grad_() if v.ndim else v for k, v in whole.items()}
+    losses = DreamlipRecipe().losses(leaves)
+    sum(losses.values()).backward()
+    grads = {k: v.grad / count for k, v in leaves.items() if v.ndim}
+    torch.save({"losses": {k: v.detach() for k, v in losses.items()}, "grads": grads}, f"{path}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path):
+    spawn(_two, 2, str(tmp_path))
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    whole = {k: v.clone().requires_grad_() if v.ndim else v for k, v in features(4, 3).items()}
+    losses = DreamlipRecipe().losses(whole)
+    sum(losses.values()).backward()
+    for name, value in losses.items():
+        mean = (parts[0]["losses"][name] + parts[1]["losses"][name]) / 2
+        assert torch.allclose(mean, value, atol=1e-12)
+    for name, value in whole.items():
+        if value.ndim:
+            assert torch.allclose(torch.cat([p["grads"][name] for p in parts]), value.grad, atol=1e-12)
