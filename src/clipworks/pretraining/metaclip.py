@@ -92,18 +92,16 @@ class Matcher:
 
     def __call__(self, text: str) -> list[int]:
         """Return the distinct entries of a text, in ascending order."""
-        following, fail, ends = self._next, self._fail, self._ends
+        following, fail, ends, first = self._next, self._fail, self._ends, self._next[0].get
         node = 0
         found: set[int] = set()
         for word in spaced(text)[1:-1].split(" "):  # the words that have a space on either side
-            here = following[node].get(word)
+            here = following[node].get(word) if node else first(word)
             while here is None and node:
                 node = fail[node]
                 here = following[node].get(word)
-            if here is None:
-                continue  # at the root, which no word leaves
-            node = here
-            if ends[node]:
+            node = here or 0  # no word leads back to the root, so 0 is "not found"
+            if node and ends[node]:
                 found.update(ends[node])
         return sorted(found)
 
