@@ -37,7 +37,7 @@ def published(image, size, interpolation="bicubic"):
     else:
         wide, tall = int(size * width / height), size
     image = image.resize((wide, tall), RESAMPLE[interpolation])
-    left, top = int(round((wide - size) / 2.0)), int(round((tall - size) / 2.0))
+    left, top = round((wide - size) / 2.0), round((tall - size) / 2.0)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 

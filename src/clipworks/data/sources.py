@@ -219,13 +219,13 @@ def _kind(spec: Any) -> str:
     )
 
 
-def check_unique(keys: Iterable[tuple[str, str]], source: str) -> int:
+def check_unique(keys: Iterable[tuple[str, str]], source: str, hint: str = "") -> int:
     """Count the keys, or raise with both places (`where`) of the first key that comes twice."""
     seen: dict[str, str] = {}
     for key, where in keys:
         if key in seen:
             both = f"{seen[key]} and {where}"
-            raise ClipworksError(f"duplicate key {key!r} in {source}: {both}. Every image needs its own key.")
+            raise ClipworksError(f"duplicate key {key!r} in {source}: {both}. Every image needs its own key{hint}.")
         seen[key] = where
     return len(seen)
 

@@ -80,13 +80,17 @@ class TableSource(Source):
         self.path = existing(path)
         super().__init__(str(self.path))
         self.resolve = Resolver(self.path.parent, allow_outside)
+        with self.path.open("rb") as raw:
+            if raw.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise ClipworksError(f"table {self.name!r} is UTF-16; save it as UTF-8.")
         with self._open() as stream:
             header = stream.readline()
             self.delimiter = "\t" if self.path.suffix.lower() == ".tsv" else max(",;|\t", key=header.count)
             self.header = next(csv.reader([header], delimiter=self.delimiter), [])
         given = {"image": image_column, "caption": caption_column, "label": label_column, "key": key_column}
         self.roles = guess_columns(self.header, given, self.name)
-        self.count = check_unique(((item.key, f"line {n}") for n, item in self._rows()), self.name)
+        keys = ((item.key, f"line {n}") for n, item in self._rows())
+        self.count = check_unique(keys, self.name, "; a column of such keys is named with key_column=")
 
     def __len__(self) -> int:
         return self.count
