@@ -80,27 +80,26 @@ class ModuleRecipe(nn.Module):
         return [torch.stack(list(view)) for view in zip(*run(make, items, draws), strict=True)]
 
 
-def head(width: int, hidden: int, out: int, layers: int, last_norm: bool = False) -> nn.Sequential:
+def head(width: int, hidden: int, out: int, layers: int) -> nn.Sequential:
     """Linear, batch norm, ReLU; ...; linear, as the self-supervised heads and projectors have it.
 
     Parameters
     ----------
     width, hidden, out : channels in, between and out
     layers : number of linear layers
-    last_norm : whether a batch norm without scale and shift follows
     """
     parts: list[nn.Module] = []
     for _ in range(layers - 1):
         parts += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
         width = hidden
-    parts.append(nn.Linear(width, out, bias=not last_norm))
-    if last_norm:
-        parts.append(nn.BatchNorm1d(out, affine=False))
-    return nn.Sequential(*parts)
+    return nn.Sequential(*parts, nn.Linear(width, out))
 
 
 def unprojected(visual: Any, output: TowerOutput) -> torch.Tensor:
-    """Return the image feature before the projection into the joint space, (B, width)."""
+    """Return the image feature before the projection into the joint space, (B, width).
+
+    It is the class token, else the mean of the patches; an attention pool is a part of the projection.
+    """
     x = visual.norm_post(output.tokens)
     return x[:, 0] if output.class_token else masked_mean(x[:, output.prefix :], None)
 
