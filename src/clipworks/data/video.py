@@ -57,16 +57,20 @@ class VideoSource(Source):
         mtime, step = modified(self.path), 0
         with self._open() as container:
             stream = container.streams.video[0]
-            if stream.width * stream.height > self.limits.max_pixels:
-                most = f"{self.limits.max_pixels:,} (Limits.max_pixels)"
-                yield Item(self._key(0), error=f"has {stream.width} x {stream.height} pixels; the limit is {most}")
+            if refused := self._too_large(stream, step):
+                yield refused
                 return
             stream.thread_type = "AUTO"
+            # a later frame may be larger than the file says: FFmpeg, which counts the padding too, shall not follow
+            stream.codec_context.options = {"max_pixels": str(2 * self.limits.max_pixels + 2**16)}
             start = None
             try:
                 for frame in container.decode(stream):
                     if frame.time is None:
                         continue
+                    if refused := self._too_large(frame, step):
+                        yield refused
+                        return
                     start = frame.time if start is None else start
                     if frame.time - start + 1e-6 < step * self.every:
                         continue
@@ -78,8 +82,17 @@ class VideoSource(Source):
                     step += 1
             except (self.av.FFmpegError, OSError, ValueError, MemoryError) as error:
                 yield Item(self._key(step), error=f"cannot be decoded from here on ({error})")
+                return
         if step == 0:
             yield Item(self._key(0), error="the video has no frame that can be decoded")
+
+    def _too_large(self, picture: Any, step: int) -> Item | None:
+        """The item that says so, if a stream or a frame has too many pixels."""
+        if picture.width * picture.height <= self.limits.max_pixels:
+            return None
+        most = f"{self.limits.max_pixels:,} (Limits.max_pixels)"
+        reason = f"has {picture.width} x {picture.height} pixels; the limit is {most}"
+        return Item(self._key(step), error=reason)
 
     def _key(self, step: int) -> str:
         return f"{self.path.name}#t={step * self.every:g}"
