@@ -217,16 +217,40 @@ def a_clip() -> Any:
     return AttentiveRecipe(momentum=0.98, hidden=256, out=96, crop=WEAK)
 
 
+def a_clip_masks() -> Any:
+    """The masks alone: what `flip` does at random is done by attention, on two views and without extra losses."""
+    from clipworks.pretraining.a_clip import AttentiveRecipe
+
+    return AttentiveRecipe(momentum=0.98, simclr=0.0, byol=0.0, crop=WEAK, colour=None)
+
+
 def cloob() -> Any:
     from clipworks.pretraining.cloob import CloobRecipe
 
     return CloobRecipe(augment=WEAK)
 
 
+def m2_mix() -> Any:
+    from clipworks.pretraining.m2_mix import M2MixRecipe
+
+    return M2MixRecipe(weight=0.05, augment=WEAK)
+
+
+def refine() -> Any:
+    from clipworks.pretraining.clip_refine import RefineRecipe
+
+    return RefineRecipe(normalise=True, augment=WEAK)
+
+
 RECIPES: dict[str, Callable[[], Any]] = {
-    f.__name__: f for f in (plain, flip, laclip, veclip, dreamlip, improved_baselines, slip, a_clip, cloob)
+    f.__name__: f
+    for f in (plain, flip, laclip, veclip, dreamlip, improved_baselines, slip, a_clip, a_clip_masks, cloob, m2_mix)
 }
 CURATED = {"plain_raw": None, "metaclip": 20.0}
+# after plain training with this share of the budget
+STAGED: dict[str, tuple[Callable[[], Any], float, dict[str, Any]]] = {
+    "clip_refine": (refine, 0.8, {"lr": 1e-5, "weight_decay": 0.1, "schedule": "constant", "warmup": 0}),
+}
 
 
 def curated(items: list[Item], t: float | None, seed: int) -> list[Item]:
@@ -257,15 +281,18 @@ def one_run(name: str, seed: int, pairs: Pairs, plain_steps: int) -> dict[str, A
     """Train with one recipe within the budget of `plain_steps` plain steps and measure on the held-out pairs."""
     budget = plain_steps * operations(plain(), encoder_for(pairs, 0), pairs.clean)
     items = curated(pairs.raw, CURATED[name], seed) if name in CURATED else pairs.clean
-    make = plain if name in CURATED else RECIPES[name]
+    make, share, options = STAGED.get(name) or (RECIPES.get(name, plain), 0.0, {})
     each = operations(make(), encoder_for(pairs, 0), items)
-    steps = budget // each
+    before, steps = int(share * plain_steps), int((1 - share) * budget) // each
     began, cpu = time.perf_counter(), time.process_time()
-    encoder = fitted(items, encoder_for(pairs, seed), make(), steps, seed)
+    encoder = encoder_for(pairs, seed)
+    if before:
+        encoder = fitted(items, encoder, plain(), before, seed)
+    encoder = fitted(items, encoder, make(), steps, seed, **options)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     seconds = {"wall_seconds": round(wall, 1), "cpu_seconds": round(cpu, 1)}
     return {"recipe": name, "seed": seed, "steps": steps, "gflop_per_step": round(each / 1e9, 3),
-            "pairs": len(items), "pairs_seen": steps * BATCH, **seconds,
+            "pairs": len(items), "pairs_seen": (before + steps) * BATCH, **seconds,
             **{k: round(v, 3) for k, v in measure(encoder, pairs.held_out).items()}}  # fmt: skip
 
 
@@ -347,7 +374,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     pairs = read_pairs(given.pairs, given.work)
-    names = given.only or [*RECIPES, *CURATED]
+    names = given.only or [*RECIPES, *CURATED, *STAGED]
     for seed in range(given.seeds):
         for name in names:
             file = given.work / f"{name}-{seed}.json"
@@ -356,7 +383,7 @@ def main() -> None:
                 file.write_text(json.dumps(entry) + "\n", encoding="utf-8")
                 print(json.dumps(entry), flush=True)
     runs = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(given.work.glob("*-[0-9].json"))]
-    known = [r for r in runs if r["recipe"] in {*RECIPES, *CURATED}]
+    known = [r for r in runs if r["recipe"] in {*RECIPES, *CURATED, *STAGED}]
     sizes = {"clean": len(pairs.clean), "raw": len(pairs.raw), "held_out": len(pairs.held_out)}
     results = {"plain_steps": given.steps, "batch": BATCH, "pairs": sizes, "summary": summary(known), "runs": known}
     record("recipes", results, seed=0, data_digest=data_digest([*pairs.raw, *pairs.held_out]))
