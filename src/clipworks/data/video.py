@@ -95,4 +95,4 @@ class VideoSource(Source):
         return Item(self._key(step), error=reason)
 
     def _key(self, step: int) -> str:
-        return f"{self.path.name}#t={step * self.every:g}"
+        return f"{self.path.name}#t={step * self.every:.10g}"
