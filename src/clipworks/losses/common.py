@@ -71,11 +71,13 @@ def check_rows(ndim: int = 2, least: int = 1, **named: torch.Tensor) -> None:
 
 
 def check_gathered(
-    image: torch.Tensor,
-    text: torch.Tensor,
-    all_image: torch.Tensor | None,
-    all_text: torch.Tensor | None,
+    one: torch.Tensor,
+    other: torch.Tensor,
+    all_one: torch.Tensor | None,
+    all_other: torch.Tensor | None,
     offset: int,
+    first: str = "image",
+    second: str = "text",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows to contrast with: the gathered ones, or the local ones where none are given.
 
@@ -84,12 +86,13 @@ def check_gathered(
     ClipworksError
         If one side only is gathered, the sides do not fit, or the local rows do not lie within the gathered ones.
     """
-    if (all_image is None) != (all_text is None):
-        raise ClipworksError("all_image and all_text must be given together, or neither.")
-    if all_image is None or all_text is None:
-        all_image, all_text = image, text
-    if all_image.shape != all_text.shape or all_image.shape[1:] != image.shape[1:]:
-        shapes = f"{tuple(all_image.shape)} and {tuple(all_text.shape)}"
-        raise ClipworksError(f"all_image and all_text must have the same shape (N, {image.shape[-1]}). Got {shapes}.")
-    check_range("offset", offset, 0, len(all_image) - len(image))
-    return all_image, all_text
+    if (all_one is None) != (all_other is None):
+        raise ClipworksError(f"all_{first} and all_{second} must be given together, or neither.")
+    if all_one is None or all_other is None:
+        all_one, all_other = one, other
+    for name, rows, whole in ((first, one, all_one), (second, other, all_other)):
+        if whole.shape[1:] != rows.shape[1:] or len(whole) != len(all_one):
+            shape = ", ".join(str(size) for size in (len(all_one), *rows.shape[1:]))
+            raise ClipworksError(f"all_{name} must have the shape ({shape}). Got {tuple(whole.shape)}.")
+    check_range("offset", offset, 0, len(all_one) - len(one))
+    return all_one, all_other
