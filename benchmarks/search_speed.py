@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import record
 
 from clipworks.store.collection import Collection
 from clipworks.store.exact import choose, top_k
 from clipworks.types import Features
+from common import record
 
 SEED = 0
 K = 10

@@ -75,11 +75,11 @@ class Progress(Generic[T]):
         if self.enabled is False or (self.enabled is None and not sys.stderr.isatty()):
             return None
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        rate, wait = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[wait]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), wait)
+        rate, wait = "{task.fields[rate]}", "{task.fields[wait]}"
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), wait)
         bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
         bar.add_task(self.label, total=self.total, rate="", wait="")
         bar.start()

@@ -24,11 +24,11 @@ class Known:
     Parameters
     ----------
     writer : of the collection
-    columns : user columns to compare
+    columns : the user's columns, to compare
     """
 
-    def __init__(self, writer: Writer, columns: Sequence[str]):
-        self.writer, self.user = writer, list(columns)
+    def __init__(self, writer: Writer, columns: UserColumns):
+        self.writer, self.columns, self.user = writer, columns, list(columns.types)
         table = writer.rows(["key", "digest", "mtime", "label", "caption", "_source", *self.user])
         self.data = {name: table[name].to_pylist() for name in table.column_names}
         self.row = {key: i for i, key in enumerate(self.data["key"])}
@@ -70,10 +70,8 @@ class Known:
     def _same_values(self, i: int, item: Item) -> bool:
         if self.data["label"][i] != item.label or self.data["caption"][i] != item.caption:
             return False
-        given = {column_name(k): v for k, v in item.columns.items()}
-        return all(_equal(self.data[name][i], given.get(name)) for name in self.user) and all(
-            name in self.data or value is None for name, value in given.items()
-        )
+        given = self.columns.fit(item.columns)  # as they would be stored: a value that does not fit is empty
+        return all(_equal(self.data[name][i], given.pop(name, None)) for name in self.user) and not given
 
     def unseen(self, source: str) -> list[str]:
         """Keys that came from `source` and that it did not show this time."""
@@ -197,4 +195,4 @@ def _convert(value: Any, kind: pa.DataType) -> Any:
 def _equal(stored: Any, given: Any) -> bool:
     if given is None or stored is None:
         return (given is None) == (stored is None)
-    return bool(stored == given) or str(given) == stored or (given != given and stored != stored)
+    return bool(stored == given) or (given != given and stored != stored)

@@ -209,7 +209,7 @@ class _Run:
         self.writer, self.model, self.report = writer, model, report
         self.batch_size, self.workers, self.on_error, self.commit = batch_size, workers, on_error, commit
         self.user = UserColumns(writer)
-        self.known = Known(writer, list(self.user.types))
+        self.known = Known(writer, self.user)
         self.rows: list[dict[str, Any]] = []
         self.vectors: list[np.ndarray] = []
         self.stale: list[dict[str, Any]] = []  # rows whose image is the same, with new values

@@ -135,7 +135,7 @@ class _Task:
                         best.update(F.linear(torch.from_numpy(queries), block))
             approximate, numbers = self.numbers(best)
             scores, numbers = self.rescore(queries, numbers)
-            slack = 1e-5 * self.longest() * np.linalg.norm(queries, axis=1)
+            slack = 1e-5 * self.longest() * np.linalg.norm(queries.astype(np.float64), axis=1)
             if keep == self.count or (approximate[:, -1].numpy() + slack < scores[:, k - 1]).all():
                 return scores[:, :k], numbers[:, :k]
             keep = min(self.count, 8 * keep)

@@ -104,6 +104,7 @@ def _write(path: Path, folder: Path, version: str) -> bool:
     if newest_manifest(path) != version:
         return False
     schema = table.schema
+    read_meta(schema, path)  # a table of another program is refused here
     dim, dtype = schema.field("vector").type.list_size, schema.field("vector").type.value_type.to_pandas_dtype()
     names = [f.name for f in schema if f.name != "vector"]
     parts = list(scan(table, path, names, row_id=True))
