@@ -10,6 +10,7 @@ from ..errors import CollectionError
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
+    from .collection import Collection
 
 DEFAULT = "clipworks-small"
 
@@ -61,6 +62,24 @@ def check_same(path: Any, recorded: dict[str, Any], given: dict[str, Any], remed
         f"{given['name']!r} (fingerprint {other[:12]}). They differ in {fields}. "
         f"Vectors of both cannot be compared; {remedy}"
     )
+
+
+def encoder_of(collection: Collection, encoder: str | Encoder | None = None) -> Encoder:
+    """The encoder for a collection's queries: the given one if it fits, else the recorded one.
+
+    Raises
+    ------
+    CollectionError
+        If the encoder is not the one that made the collection, or the collection does not say which did.
+    """
+    recorded = collection.meta["encoder"]
+    if not recorded.get("fingerprint") and encoder is None:
+        raise CollectionError(f"collection {str(collection.path)!r} does not say which encoder made it; give encoder=.")
+    model, name = obtain(encoder, recorded)
+    check_same(collection.path, recorded, describe(model, name), "give the encoder that made the collection.")
+    if model.dim != collection.dim:
+        raise CollectionError(f"the encoder's vectors have length {model.dim}, the collection's {collection.dim}.")
+    return model
 
 
 def obtain(

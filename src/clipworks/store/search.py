@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ClipworksError, CollectionError, check_range
+from ..errors import ClipworksError, check_range
 from ..types import Ranking
 from .collection import Collection
 from .exact import MEMORY, top_k
-from .identity import check_same, describe, obtain
+from .identity import encoder_of
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
@@ -162,23 +162,12 @@ def query_vectors(collection: Collection, parts: Sequence[Any], encoder: str | E
             raise ClipworksError(f"a query vector must hold {collection.dim} finite numbers. Got shape {vector.shape}.")
         out[i] = _unit(vector[None])[0]
     if texts or images:
-        model = _encoder(collection, encoder)
+        model = encoder_of(collection, encoder)
         if texts:
             out[texts] = model.texts([parts[i] for i in texts]).numpy()
         if images:
             out[images] = model.images([parts[i] for i in images]).numpy()
     return out
-
-
-def _encoder(collection: Collection, encoder: str | Encoder | None) -> Encoder:
-    recorded = collection.meta["encoder"]
-    if not recorded.get("fingerprint") and encoder is None:
-        raise CollectionError(f"collection {str(collection.path)!r} does not say which encoder made it; give encoder=.")
-    model, name = obtain(encoder, recorded)
-    check_same(collection.path, recorded, describe(model, name), "give the encoder that made the collection.")
-    if model.dim != collection.dim:
-        raise CollectionError(f"the encoder's vectors have length {model.dim}, the collection's {collection.dim}.")
-    return model
 
 
 def _rank(

@@ -105,11 +105,9 @@ def _of_collection(
     scale: float | None,
     where: str | None,
 ) -> Classification:
-    from ..store.identity import check_same, describe, obtain
+    from ..store.identity import encoder_of
 
-    recorded = collection.meta["encoder"]
-    model, _ = obtain(encoder, recorded)
-    check_same(collection.path, recorded, describe(model), "give the encoder that made it, or embed again.")
+    model = encoder_of(collection, encoder)
     rows = np.arange(len(collection)) if where is None else collection.where(where)
     vectors = collection.vectors if where is None else collection.vectors[rows]
     keys = collection.keys if where is None else [collection.keys[i] for i in rows]
