@@ -31,7 +31,7 @@ class WriterLock:
         except OSError as error:
             place = str(self.path.parent)
             raise CollectionError(f"collection {place!r} cannot be written: {error.strerror}.") from error
-        if not _take(stream):
+        if not take(stream):
             stream.close()
             raise CollectionError(
                 f"collection {str(self.path.parent)!r} is being written by {owner(self.path.parent)}. "
@@ -56,7 +56,7 @@ def owner(folder: Path) -> str | None:
     path = folder / NAME
     try:
         with open(path, "rb") as stream:
-            if _take(stream, shared=True):
+            if take(stream, shared=True):
                 return None
             who = json.loads(stream.read() or b"{}")
     except (OSError, ValueError):
@@ -71,7 +71,8 @@ def _myself() -> dict[str, object]:
     return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
 
 
-def _take(stream: IO[bytes], shared: bool = False) -> bool:
+def take(stream: IO[bytes], shared: bool = False) -> bool:
+    """Try to lock an open file, until it is closed; False if another process holds it."""
     try:
         import fcntl
     except ImportError:  # Windows: one byte far behind the text, so that the owner's name stays readable

@@ -7,6 +7,7 @@ are sorted by key, so that results do not depend on the order in which rows came
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -20,9 +21,11 @@ import pyarrow as pa
 
 from ..errors import CollectionError
 from .journal import newest_manifest, sha256, sync
+from .lock import take
 from .table import SNAPSHOT, bad_rows, damaged, open_table, read_meta, scan, vectors_of
 
 ROWS, VECTORS, FACTS = "rows.arrow", "vectors.npy", "facts.json"
+MAKING, MAKER = ".making-", "maker.lock"
 
 
 @dataclass
@@ -62,7 +65,7 @@ def current(path: Path) -> Snapshot:
 def read(folder: Path, version: str, path: Path) -> Snapshot | None:
     """The snapshot in a folder, or None if it is not there or not whole."""
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = _facts(folder)
         if any((folder / name).stat().st_size != size for name, (size, _) in facts["files"].items()):
             return None
         table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
@@ -77,12 +80,15 @@ def _make(path: Path, version: str) -> Snapshot | None:
     place: Path | None = path / SNAPSHOT
     try:
         (path / SNAPSHOT).mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".making-", dir=place))
+        folder = Path(tempfile.mkdtemp(prefix=MAKING, dir=place))
     except OSError:
         place, folder = None, Path(tempfile.mkdtemp(prefix="clipworks-"))
     try:
-        if not _write(path, folder, version):
-            return None
+        with open(folder / MAKER, "wb") as stream:  # shows the others that this folder's maker lives
+            take(stream)
+            if not _write(path, folder, version):
+                return None
+        (folder / MAKER).unlink()
         if place is None:
             return read(folder, version, path)  # the mapping outlives the files
         target = place / Path(version).stem
@@ -92,11 +98,22 @@ def _make(path: Path, version: str) -> Snapshot | None:
             os.rename(folder, target)
         sync(place)
         for old in place.iterdir():
-            if old.name not in (target.name, folder.name) and not old.name.startswith(".making-"):
+            if old.name not in (target.name, folder.name) and not _in_work(old):
                 shutil.rmtree(old, ignore_errors=True)
         return read(target, version, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _in_work(folder: Path) -> bool:
+    """Whether a reader is writing a snapshot there now; one that was killed has left its folder behind."""
+    if not folder.name.startswith(MAKING):
+        return False
+    try:
+        with open(folder / MAKER, "r+b") as stream:
+            return not take(stream)
+    except OSError:
+        return True  # just begun, or just done
 
 
 def _write(path: Path, folder: Path, version: str) -> bool:
@@ -135,11 +152,23 @@ def _write(path: Path, folder: Path, version: str) -> bool:
     with pa.OSFile(str(folder / ROWS), "wb") as stream, pa.ipc.new_file(stream, plain.schema) as writer:
         writer.write_table(plain)
     files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in (ROWS, VECTORS)}
-    facts = {"files": files, "norm": norm}
-    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    text = json.dumps({"files": files, "norm": norm})
+    (folder / FACTS).write_text(f"{text}\n{_digest(text)}\n", encoding="utf-8")
     for name in (ROWS, VECTORS, FACTS):
         sync(folder / name)
     return True
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What is recorded of a snapshot; `ValueError` if it does not match its own checksum, in the line below it."""
+    text, _, digest = (folder / FACTS).read_text(encoding="utf-8").partition("\n")
+    if digest.strip() != _digest(text):
+        raise ValueError("it does not match its own checksum")
+    return json.loads(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def damage(path: Path) -> dict[str, str]:
@@ -150,7 +179,7 @@ def damage(path: Path) -> dict[str, str]:
         return {}
     place = f"{SNAPSHOT}/{folder.name}"
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = _facts(folder)
         return {
             f"{place}/{name}": "does not match its checksum"
             for name, (size, digest) in facts["files"].items()

@@ -172,6 +172,8 @@ class Writer:
         self._lock.__exit__()
 
     def _open(self) -> None:
+        for remains in self.path.glob(f".{JOURNAL}.*"):  # of a writer that died while it replaced the checksums
+            remains.unlink(missing_ok=True)
         self.journal = Journal.read(self.path)
         fresh = not is_collection(self.path)
         if fresh or self._overwrite:

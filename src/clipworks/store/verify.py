@@ -125,8 +125,10 @@ def _check_files(place: Path, found: Verification) -> None:
         found.n_files += 1
         if sha256(place / name) != digest:
             found.damage.append(Damage(name, "does not match its checksum", again))
+    what = "`--repair` or the next `embed` checks all rows and writes it anew"
+    if not journal.files and not journal.broken and any("/data/" in name for name in table_files(place)):
+        found.damage.append(Damage(JOURNAL, "is missing", what))
     for number in journal.broken:
-        what = "`--repair` or the next `embed` checks all rows and writes it anew"
         found.damage.append(Damage(f"{JOURNAL} line {number}", "does not match its own check", what))
 
 
