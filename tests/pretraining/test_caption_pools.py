@@ -106,6 +106,7 @@ def test_rewrites_equal_to_the_original_change_nothing(tmp_path):
 
 def oracle(image, texts, scale):
     """Mean over slots of the mean of both cross-entropies, in numpy."""
+
     def cross_entropy(logits):
         logits = logits - logits.max(1, keepdims=True)
         return -(np.diag(logits) - np.log(np.exp(logits).sum(1))).mean()

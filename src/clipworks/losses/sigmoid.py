@@ -85,9 +85,7 @@ def sigmoid(
     return total / len(image)
 
 
-def judge(
-    image: torch.Tensor, text: torch.Tensor, scale: Scale, bias: Scale, own: int | None = None
-) -> torch.Tensor:
+def judge(image: torch.Tensor, text: torch.Tensor, scale: Scale, bias: Scale, own: int | None = None) -> torch.Tensor:
     """Return the summed cost of all pairs of two blocks.
 
     Parameters

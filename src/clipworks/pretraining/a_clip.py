@@ -242,9 +242,7 @@ def attentive_patches(scores: torch.Tensor, keep: float = 0.5, cell: int = 2) ->
     return patches.nonzero()[:, 1].unflatten(0, (len(scores), -1))
 
 
-def cut_scores(
-    scores: torch.Tensor, boxes: torch.Tensor, whole: torch.Tensor, grid: tuple[int, int]
-) -> torch.Tensor:
+def cut_scores(scores: torch.Tensor, boxes: torch.Tensor, whole: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Return the scores as a view sees them: blown up to the enclosing crop's pixels, cut, brought to the grid.
 
     Both resizings are bilinear without smoothing and act on rows and columns apart, so each sample needs one small

@@ -85,9 +85,7 @@ class DreamlipRecipe(CaptionPools):
         augment: Augment | None = None,
     ):
         count = 1 + int(check_range("sentences_per_image", sentences_per_image, 0))
-        super().__init__(
-            pools, columns, texts_per_image=count, keep_original=True, sentences=True, augment=augment
-        )
+        super().__init__(pools, columns, texts_per_image=count, keep_original=True, sentences=True, augment=augment)
         self.multi_positive = check_range("multi_positive", multi_positive, 0.0)
         self.grouping = check_range("grouping", grouping, 0.0)
         self.delta, self.norm = check_range("delta", delta, None, 1.0), check_choice("norm", norm, NORMS)

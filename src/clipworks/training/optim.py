@@ -91,9 +91,7 @@ def parameter_groups(
         plain = parameter.ndim < 2 or any(fnmatch.fnmatch(name, p) for p in no_decay)
         scale = 1.0 if layer_decay is None else layer_decay ** depths[name]
         decay = 0.0 if plain else weight_decay
-        group = groups.setdefault(
-            (scale, decay), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
-        )
+        group = groups.setdefault((scale, decay), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

@@ -50,8 +50,8 @@ class Recipe(Protocol):
 class ContrastiveRecipe:
     """One view and one caption per sample, one contrastive loss; the base that other recipes vary.
 
-    Subclasses override `texts` (which words), `pixels` (which views), `encode`, `features` or `losses`. One that cannot be
-    split into the two halves overrides `forward` and sets `split = False`.
+    Subclasses override `texts` (which words), `pixels` (which views), `encode`, `features` or `losses`. One that cannot
+    be split into the two halves overrides `forward` and sets `split = False`.
 
     Parameters
     ----------
