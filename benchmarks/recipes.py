@@ -154,11 +154,11 @@ def word_tokenizer(texts: list[str]) -> PretrainedTokenizer:
 
 
 def encoder_for(pairs: Pairs, seed: int) -> Encoder:
-    """Random towers: 36 patches of 8 pixels, four blocks of width 96; two blocks for words."""
+    """Random towers: 16 patches of 12 pixels, three blocks of width 96; two blocks for words."""
     tokenizer = word_tokenizer([t for i in pairs.raw for t in (i.caption or "", *i.columns["alternatives"])])
     config = EncoderConfig(
         name="small-words", dim=96,
-        vision=VisionConfig(image_size=SIDE, patch_size=8, width=96, layers=4, heads=3, mlp_width=384,
+        vision=VisionConfig(image_size=SIDE, patch_size=12, width=96, layers=3, heads=3, mlp_width=384,
                             activation="gelu"),
         text=TextConfig(vocab_size=tokenizer.vocab_size, context_length=16, width=96, layers=2, heads=3, mlp_width=384,
                         activation="gelu", eot_id=2, tokenizer="words.json"),
@@ -367,7 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("recipes-work"))
-    parser.add_argument("--steps", type=int, default=250, help="of plain CLIP; all others get the same operations")
+    parser.add_argument("--steps", type=int, default=160, help="of plain CLIP; all others get the same operations")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*")
     given = parser.parse_args()
