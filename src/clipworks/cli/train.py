@@ -45,6 +45,11 @@ def distill(
     """Train a small encoder on the vectors of a better one, which are computed once and kept.
 
     \b
+    `clipworks-small`, the model inside the package, was distilled by this engine: its text tower from a large
+    sentence model, its image tower from an ImageNet classifier, names and captions, on maps that are computed once.
+    The recipe is scripts/small/make.py, for your own pictures too (see its --help and docs/clipworks-small.md).
+
+    \b
     Examples:
       clipworks distill pairs.csv ViT-L-14/openai --student small.json --out run
       clipworks distill pairs.csv ViT-B-32/openai --out run --losses fd=2000,clip=1 --views 4

@@ -32,6 +32,7 @@ STAGES = (
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )
+MIDDLE = 4  # the last stage before the stride of 32
 STEM, HEAD = 32, 1280  # not scaled in the Lite family; nor is the depth of the first and last stage
 SCALES = {"lite0": (1.0, 1.0), "lite2": (1.1, 1.2)}  # factors of width and depth
 NORM_EPS = 1e-3
@@ -102,12 +103,24 @@ class EfficientNetLiteStem(nn.Module):
             for repeat in range(repeats):
                 blocks.append(InvertedResidual(before, after, kernel, stride if repeat == 0 else 1, expansion))
                 before = after
+            if number == MIDDLE:
+                self.middle, self.middle_width = len(blocks), before
         self.body = nn.Sequential(*blocks)
         self.head = SameConv(before, HEAD, 1)
         self.projection = nn.Conv2d(HEAD, width, 1)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.projection(self.head(self.body(pixels.contiguous(memory_format=torch.channels_last))))
+        """Pixels (B, 3, H, W), or what `front` made of them, to tokens."""
+        if pixels.shape[1] != self.middle_width:
+            pixels = self.front(pixels)
+        return self.projection(self.head(self.body[self.middle :](pixels)))
+
+    def front(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) to the last map at a sixteenth of the size, (B, middle_width, H / 16, W / 16).
+
+        Where only the layers behind it learn, it is computed once for a whole training run.
+        """
+        return self.body[: self.middle](pixels.contiguous(memory_format=torch.channels_last))
 
     def read(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take released weights, each batch norm folded into the convolution before it; the projection stays.

