@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from ..data.item import Item
 from ..errors import BadImage
-from .table import INTERNAL, OWN, Writer, literal, translated, vectors_of
+from .table import INTERNAL, OWN, literal, translated, vectors_of
+from .writer import Writer
 
 _TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
 

@@ -18,7 +18,8 @@ from ..types import Features
 from . import snapshot
 from .identity import describe
 from .journal import TABLE, Journal
-from .table import FORMAT, INTERNAL, OWN, Writer, damaged, is_collection, literal, make_schema, open_table, translated
+from .table import FORMAT, INTERNAL, OWN, damaged, is_collection, literal, make_schema, open_table, translated
+from .writer import Writer
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,8 @@ from . import snapshot
 from .changes import Known, UserColumns, read_once
 from .collection import new_meta
 from .identity import check_same, describe, obtain
-from .table import DTYPES, Writer, is_collection, make_schema, open_table, read_meta
+from .table import DTYPES, is_collection, make_schema, open_table, read_meta
+from .writer import Writer
 
 if TYPE_CHECKING:
     from ..data.item import Item

@@ -6,6 +6,7 @@ before it could say so; the next writer checks its rows one by one and then adds
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -163,8 +164,9 @@ def sync(path: Path) -> None:
         return
     try:
         os.fsync(handle)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # where there is nothing to bring to a disk
+            raise
     finally:
         os.close(handle)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
@@ -31,10 +32,15 @@ class WriterLock:
         except OSError as error:
             place = str(self.path.parent)
             raise CollectionError(f"collection {place!r} cannot be written: {error.strerror}.") from error
-        if not take(stream):
+        for wait in (0.0, 0.02, 0.1):  # somebody may only be asking who holds it
+            time.sleep(wait)
+            if take(stream):
+                break
+        else:
             stream.close()
+            who = owner(self.path.parent) or "another process"
             raise CollectionError(
-                f"collection {str(self.path.parent)!r} is being written by {owner(self.path.parent)}. "
+                f"collection {str(self.path.parent)!r} is being written by {who}. "
                 "Wait until it is done, or stop it; what it has written so far is kept."
             )
         with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, only the name is missing
@@ -54,16 +60,19 @@ class WriterLock:
 def owner(folder: Path) -> str | None:
     """Who holds the lock of a collection, in words; None if nobody does."""
     path = folder / NAME
-    try:
-        with open(path, "rb") as stream:
-            if take(stream, shared=True):
-                return None
-            who = json.loads(stream.read() or b"{}")
-    except (OSError, ValueError):
-        return None if not path.exists() else "another process"
-    if not who:
-        return "another process"
-    return f"process {who.get('pid')} on {who.get('host')} since {who.get('since')}"
+    for wait in (0.0, 0.01, 0.05, 0.2):  # the owner may be about to write its name
+        time.sleep(wait)
+        try:
+            with open(path, "rb") as stream:
+                if take(stream, shared=True):
+                    return None
+                who = json.loads(stream.read())
+            return f"process {who['pid']} on {who['host']} since {who['since']}"
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError):
+            continue
+    return "another process"
 
 
 def _myself() -> dict[str, object]:

@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import CollectionError
-from .journal import newest_manifest, sha256, sync
+from .journal import TABLE, newest_manifest, sha256, sync
 from .lock import take
-from .table import SNAPSHOT, bad_rows, damaged, open_table, read_meta, scan, vectors_of
+from .table import SNAPSHOT, bad_rows, damaged, open_table, read_meta, scan, translated, vectors_of
 
 ROWS, VECTORS, FACTS = "rows.arrow", "vectors.npy", "facts.json"
 MAKING, MAKER = ".making-", "maker.lock"
@@ -76,26 +76,29 @@ def read(folder: Path, version: str, path: Path) -> Snapshot | None:
 
 
 def _make(path: Path, version: str) -> Snapshot | None:
-    """Write the snapshot beside its place and move it there; in a temporary folder where the place is read-only."""
-    place: Path | None = path / SNAPSHOT
+    """Write the snapshot at its place, or in a temporary folder where the place is full or read-only."""
     try:
         (path / SNAPSHOT).mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=MAKING, dir=place))
+        return _make_in(path / SNAPSHOT, path, version)
     except OSError:
-        place, folder = None, Path(tempfile.mkdtemp(prefix="clipworks-"))
+        size = sum(file.stat().st_size for file in (path / TABLE).rglob("*.lance"))
+        spare = tempfile.TemporaryDirectory(prefix="clipworks-", ignore_cleanup_errors=True)
+        with translated(path, size), spare as folder:
+            return read(Path(folder), version, path) if _write(path, Path(folder), version) else None  # stays mapped
+
+
+def _make_in(place: Path, path: Path, version: str) -> Snapshot | None:
+    folder, target = Path(tempfile.mkdtemp(prefix=MAKING, dir=place)), place / Path(version).stem
     try:
         with open(folder / MAKER, "wb") as stream:  # shows the others that this folder's maker lives
             take(stream)
             if not _write(path, folder, version):
                 return None
-        (folder / MAKER).unlink()
-        if place is None:
-            return read(folder, version, path)  # the mapping outlives the files
-        target = place / Path(version).stem
         if target.exists():
             shutil.rmtree(target, ignore_errors=True)  # it was not whole, or another reader was faster
         with contextlib.suppress(OSError):  # another reader was faster
             os.rename(folder, target)
+        (target / MAKER).unlink(missing_ok=True)
         sync(place)
         for old in place.iterdir():
             if old.name not in (target.name, folder.name) and not _in_work(old):
@@ -113,7 +116,7 @@ def _in_work(folder: Path) -> bool:
         with open(folder / MAKER, "r+b") as stream:
             return not take(stream)
     except OSError:
-        return True  # just begun, or just done
+        return True  # just begun
 
 
 def _write(path: Path, folder: Path, version: str) -> bool:
@@ -135,6 +138,7 @@ def _write(path: Path, folder: Path, version: str) -> bool:
     by_id = np.argsort(ids, kind="stable")
     if len(keys):
         vectors = np.lib.format.open_memmap(folder / VECTORS, mode="w+", dtype=dtype, shape=(len(keys), dim))
+        _reserve(folder / VECTORS)
         for batch in scan(table, path, row_id=True):
             if bad := bad_rows(batch, dim):
                 key = batch.column("key")[bad[0]].as_py()
@@ -157,6 +161,13 @@ def _write(path: Path, folder: Path, version: str) -> bool:
     for name in (ROWS, VECTORS, FACTS):
         sync(folder / name)
     return True
+
+
+def _reserve(path: Path) -> None:
+    """Take the room of a sparse file now: on a full disk, writing to its map later would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
 
 
 def _facts(folder: Path) -> dict[str, Any]:
