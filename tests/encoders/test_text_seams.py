@@ -56,7 +56,7 @@ def test_outputs_and_attention_of_any_layer(shape):
     np.testing.assert_allclose(output.layers[0].detach(), expected[2][0], atol=1e-9)
     assert torch.equal(output.layers[-1], output.tokens)
     np.testing.assert_allclose(output.attentions[1].detach(), expected[3][1], atol=1e-9)
-    assert torch.equal(output.pooled, text(tokens))
+    torch.testing.assert_close(output.pooled, text(tokens), atol=1e-12, rtol=0)
     joint = plain.norm(p, "norm", expected[2][0], c.norm_eps)
     joint = plain.linear(p, "projection", joint) if c.projection else joint
     np.testing.assert_allclose(text.project(output.layers[0]).detach(), joint, atol=1e-9)
@@ -83,6 +83,33 @@ def test_prompts_at_any_layer(shape, layers):
         output = text.run(tokens, prompts=prompts)
         check(output, plain.text(p, c, tokens.numpy(), prompts={i: v.numpy() for i, v in prompts.items()}))
         assert output.prefix == 1 + list(layers.values())[-1]
+
+
+@pytest.mark.parametrize("shape", ["clip", "siglip", "first"])
+@pytest.mark.parametrize("seams", [{}, {"prompts": {0: 2}}, {"prompts": {0: 1, 2: 3}}, {"masked": True},
+                                   {"prompts": {1: 2}, "masked": True}, {"attention": {2: "vv"}},
+                                   {"attention": {0: "vv"}}])  # fmt: skip
+def test_the_last_block_is_computed_where_the_vector_is_read_only(shape, seams):
+    text, p, c = make(shape)
+    tokens, mask = words(shape, (5, 8, 3))[:, :9], None
+    prompts = {i: prompt(n, 20, seed=i) for i, n in seams.get("prompts", {}).items()}
+    rules = seams.get("attention", {})
+    if seams.get("masked"):
+        mask = torch.ones(3, 9, dtype=torch.bool)
+        mask[0, 2:4] = mask[1, 7] = mask[2, 0] = False  # 7 is the end token of the second row
+    sizes, hook = [], text.blocks[2].mlp.register_forward_hook(lambda _, x, __: sizes.append(x[0].shape[1]))
+    found = text(tokens, mask=mask, prompts=prompts, attention=rules)
+    hook.remove()
+    assert sizes == ([1] if 2 not in rules else [9 if shape == "siglip" else 8])
+    want = plain.text(p, c, tokens.numpy(), prompts={i: v.numpy() for i, v in prompts.items()}, rules=dict(rules),
+                      mask=None if mask is None else mask.numpy())  # fmt: skip
+    np.testing.assert_allclose(found.detach(), want[0], atol=1e-9)
+    found.square().sum().backward()
+    lean = {n: q.grad for n, q in text.named_parameters()}
+    text.zero_grad(set_to_none=True)
+    text.run(tokens, mask=mask, prompts=prompts, attention=rules).pooled.square().sum().backward()
+    for name, parameter in text.named_parameters():
+        torch.testing.assert_close(lean[name], parameter.grad, atol=1e-9, rtol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

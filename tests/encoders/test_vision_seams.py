@@ -54,6 +54,41 @@ def test_forward_equals_the_plain_tower(shape):
     assert output.patches.shape == (2, 16, 24)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layers", [{}, {0: 2}, {0: 1, 2: 3}])
+def test_the_last_block_is_computed_for_the_class_token_only(layers, masked):
+    visual, p, c = make("clip")
+    x, mask = tiny.pixels(3), None
+    prompts = {i: prompt(n, 24, seed=i) for i, n in layers.items()}
+    if masked:
+        mask = torch.rand(3, 16, generator=torch.Generator().manual_seed(5)) > 0.4
+    sizes, hook = [], visual.blocks[2].mlp.register_forward_hook(lambda _, x, __: sizes.append(x[0].shape[1]))
+    found = visual(x, prompts=prompts, mask=mask)
+    for seams in ({"output_layers": (-1,)}, {"output_attention": (2,)}, {"attention": {2: "kk"}}, {"whole": True}):
+        visual(x, prompts=prompts, mask=mask, **seams)
+    visual(x[:1], prompts=prompts)  # one image: in the kernels of many
+    hook.remove()
+    tokens = 17 + (list(layers.values()) or [0])[-1]
+    assert sizes == [1] + [tokens] * 5
+    want = plain.vision(p, c, x.numpy(), prompts={i: v.numpy() for i, v in prompts.items()},
+                        mask=None if mask is None else mask.numpy())  # fmt: skip
+    np.testing.assert_allclose(found.detach(), want[0], atol=1e-9)
+    found.square().sum().backward()
+    lean = {n: q.grad for n, q in visual.named_parameters()}
+    visual.zero_grad(set_to_none=True)
+    visual.run(x, prompts=prompts, mask=mask).pooled.square().sum().backward()
+    for name, parameter in visual.named_parameters():
+        torch.testing.assert_close(lean[name], parameter.grad, atol=1e-9, rtol=1e-9, msg=name)
+
+
+def test_a_vector_does_not_know_its_batch():
+    encoder = tiny.encoder().float()
+    x = tiny.pixels(5).float()
+    together = encoder.images(x, batch_size=5)
+    for size in (1, 2, 3):
+        torch.testing.assert_close(encoder.images(x, batch_size=size), together, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layers", [{0: 2}, {1: 3}, {0: 2, 1: 2, 2: 2}, {0: 2, 2: 4}, {-1: 1}])
 def test_prompts_at_any_layer(shape, layers):

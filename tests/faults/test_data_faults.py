@@ -85,7 +85,8 @@ def unusable():
         "lfs.jpg": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         "paper.jpg": (b"%PDF-1.7", "PDF"), "heic.jpg": (b"\0\0\0\x18ftypheic" + bytes(40), "heic file"),
         "zip.png": (b"PK\x03\x04" + bytes(40), "zip archive"),
-        "header.png": (b"\x89PNG\r\n\x1a\n", "damaged"), "float.tif": (encoded(Image.new("F", (4, 4)), "TIFF"), "range"),
+        "header.png": (b"\x89PNG\r\n\x1a\n", "damaged"),
+        "float.tif": (encoded(Image.new("F", (4, 4)), "TIFF"), "range"),
     }  # fmt: skip
     for kind, options in KINDS.items():
         data = encoded(photo(), kind, **options)

@@ -241,16 +241,31 @@ class Block(nn.Module):
         causal: bool = False,
         rule: Rule | None = None,
         need_map: bool = False,
+        at: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, N, width) to the same shape, with the attention weights if asked for."""
-        how = {"mask": mask, "causal": causal, "rule": rule, "need_map": need_map}
+        """(B, N, width) to the same shape, with the attention weights if asked for.
+
+        `at`, int64 (B,), names the only token of each row whose output is wanted: all others serve as keys and values
+        alone, and the result is (B, 1, width).
+        """
+        y = context = x if self.order == "post" else self.norm1(x)
+        if at is not None:
+            if causal:
+                places, own = torch.arange(x.shape[1], device=x.device), at[:, None, None, None]
+                seen = places <= own if mask is None else (places <= own) & mask | (places == own)  # itself always
+                mask, causal = seen, False
+            x, y = pick(x, at), pick(context, at)
+        y, weights = self.attention(y, context, mask=mask, causal=causal, rule=rule, need_map=need_map)
         if self.order == "post":
-            y, weights = self.attention(x, **how)
             x = self.norm1(x + y)
             return self.norm2(x + self.mlp(x)), weights
-        y, weights = self.attention(self.norm1(x), **how)
         x = x + y
         return x + self.mlp(self.norm2(x)), weights
+
+
+def pick(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """One token of every row, (B, N, width) to (B, 1, width); `at` is int64 (B,)."""
+    return x[torch.arange(len(x), device=x.device), at][:, None]
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -306,6 +321,7 @@ def run_blocks(
     attention: Mapping[int, Rule] | None = None,
     output_layers: Sequence[int] = (),
     output_attention: Sequence[int | str] = (),
+    at: Callable[[int], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor], dict[int | str, torch.Tensor], int]:
     """Run the blocks with the seams that both towers share.
 
@@ -316,10 +332,12 @@ def run_blocks(
     prompts : layer -> prompts that this block sees instead of those before it
     attention : layer -> rule (see `attention_weights`)
     output_layers, output_attention : layers whose output or weights are kept, under the numbers given here
+    at : from the number of prompts to the only token of every row, int64 (B,), whose last output is wanted; where
+        the last block has its usual rule and nothing else of it is kept, the others are then not computed
 
     Returns
     -------
-    last output, kept outputs, kept weights, number of prompts in the last output
+    last output ((B, 1, width) with `at`), kept outputs, kept weights, number of prompts in the last output
     """
     blocks = list(blocks)
     depth = len(blocks)
@@ -329,6 +347,8 @@ def run_blocks(
     mapped = [(layer_index("output_attention", i, depth), i) for i in output_attention if i != "pool"]
     layers: dict[int, torch.Tensor] = {}
     maps: dict[int | str, torch.Tensor] = {}
+    # a single row stays whole: products of one row take another kernel, and a vector would know its batch's size
+    lean = len(x) > 1 and isinstance(blocks[-1], Block) and depth - 1 not in {*rules, *dict(kept), *dict(mapped)}
     for number, block in enumerate(blocks):
         if number in prompts:
             before, x = x.shape[1], put_prompts(x, prompts[number], head, n_prompts)
@@ -339,9 +359,14 @@ def run_blocks(
             n_prompts = fresh
         names = [name for i, name in mapped if i == number]
         keys = None if mask is None else mask[:, None, None, :]
-        x, weights = block(x, mask=keys, causal=causal, rule=rules.get(number), need_map=bool(names))
+        how = {"mask": keys, "causal": causal, "rule": rules.get(number), "need_map": bool(names)}
+        if at is not None and lean and number == depth - 1:
+            how["at"] = at(n_prompts)
+        x, weights = block(x, **how)
         maps.update((name, weights) for name in names)
         layers.update((name, x) for i, name in kept if i == number)
+    if at is not None and not lean:
+        x = pick(x, at(n_prompts))
     return x, layers, maps, n_prompts
 
 

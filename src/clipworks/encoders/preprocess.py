@@ -2,7 +2,8 @@
 
 Exact by default: the published CLIP transform (resize on the shorter side, bicubic with antialiasing, centre crop,
 scale to [0, 1], subtract mean, divide by standard deviation) within one 8-bit level (two in about one value of a
-million), computed by `torch.nn.functional.interpolate` on bytes. `fast=True` decodes large JPEGs at 1/2, 1/4 or 1/8 of their size first.
+million), computed by `torch.nn.functional.interpolate` on bytes. `fast=True` decodes large JPEGs at 1/2, 1/4 or 1/8
+of their size first.
 """
 
 from __future__ import annotations

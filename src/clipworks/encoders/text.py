@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ClipworksError
 from .config import TextConfig
-from .layers import Block, Rule, TowerOutput, check_mask, masked_mean, put_prompts, run_blocks
+from .layers import Block, Rule, TowerOutput, check_mask, masked_mean, pick, put_prompts, run_blocks
 
 
 class TextTransformer(nn.Module):
@@ -37,7 +37,7 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens: torch.Tensor | None = None, **seams) -> torch.Tensor:
         """(B, L) token ids to (B, dim), not normalised; `seams` as in `run`."""
-        return self.run(tokens, **seams).pooled
+        return self.run(tokens, **{"whole": False, **seams}).pooled
 
     def run(
         self,
@@ -52,6 +52,7 @@ class TextTransformer(nn.Module):
         cut: bool = True,
         output_layers: Sequence[int] = (),
         output_attention: Sequence[int] = (),
+        whole: bool = True,
     ) -> TowerOutput:
         """Encode with any of the seams.
 
@@ -69,6 +70,8 @@ class TextTransformer(nn.Module):
         positions : table used instead of the tower's own
         cut : drop what lies behind the longest text of the batch where that changes nothing (see `lengths`)
         output_layers, output_attention : layers whose output or attention weights are returned
+        whole : False leaves out what the last block computes for tokens that are not pooled (a vector that is read at
+            one token needs their keys and values alone); `tokens` then holds the pooled one
 
         Returns
         -------
@@ -101,15 +104,27 @@ class TextTransformer(nn.Module):
         table = self.positions if positions is None else positions
         if x.shape[1] > len(table):
             raise ClipworksError(f"texts may have {len(table)} tokens, prompts included. Got {x.shape[1]}.")
-        before = n_prompts
+        before, words = n_prompts, x.shape[1] - n_prompts
+
+        def place(n: int) -> torch.Tensor:
+            """Where the vector is read when there are n prompts."""
+            if self.config.pool == "eot" and eot is not None:
+                return eot + n
+            return torch.full((len(x),), 0 if self.config.pool == "first" else words + n - 1, device=x.device)
+
         x, layers, maps, n_prompts = run_blocks(
             self.blocks, self.norm_embedding(x + table[: x.shape[1]].to(x.dtype)), head=1, n_prompts=n_prompts,
             causal=self.config.causal, mask=mask, prompts=prompts, attention=attention,
             output_layers=output_layers, output_attention=output_attention,
+            at=None if whole or self.config.pool == "mean" else place,
         )  # fmt: skip
         if mask is not None and n_prompts != before:
             mask = torch.cat([mask[:, :1], mask.new_ones(len(mask), n_prompts), mask[:, 1 + before :]], dim=1)
-        pooled = self.projection(self._pooled(x, eot, n_prompts, mask))
+        if self.config.pool == "mean":
+            pooled = masked_mean(self.norm(x), mask)
+        else:
+            pooled = self.norm(pick(x, place(n_prompts)) if whole else x)[:, 0]
+        pooled = self.projection(pooled)
         return TowerOutput(pooled, x, layers, maps, 1 + n_prompts)
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -132,14 +147,3 @@ class TextTransformer(nn.Module):
             places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
             return (places * (tokens != self.config.pad_id)).amax(1).clamp(min=1)
         return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-
-    def _pooled(
-        self, x: torch.Tensor, eot: torch.Tensor | None, n_prompts: int, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        if eot is not None and self.config.pool == "eot":
-            return self.norm(x[torch.arange(len(x), device=x.device), eot + n_prompts])
-        if self.config.pool == "last":
-            return self.norm(x[:, -1])
-        if self.config.pool == "first":
-            return self.norm(x[:, 0])
-        return masked_mean(self.norm(x), mask)

@@ -61,7 +61,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels: torch.Tensor, **seams) -> torch.Tensor:
         """(B, 3, H, W) to (B, dim), not normalised; `seams` as in `run`."""
-        return self.run(pixels, **seams).pooled
+        return self.run(pixels, **{"whole": False, **seams}).pooled
 
     def run(
         self,
@@ -74,6 +74,7 @@ class VisionTransformer(nn.Module):
         positions: torch.Tensor | None = None,
         output_layers: Sequence[int] = (),
         output_attention: Sequence[int | str] = (),
+        whole: bool = True,
     ) -> TowerOutput:
         """Encode with any of the seams.
 
@@ -89,6 +90,8 @@ class VisionTransformer(nn.Module):
         positions : table used instead of the tower's own, for its grid or for that of these pixels
         output_layers : layers whose output is returned (0 is the first block; negative from the end)
         output_attention : layers whose attention weights are returned; "pool" for those of an attention pool
+        whole : False leaves out what the last block computes for tokens that are not pooled (a class token needs
+            their keys and values alone); `tokens` then holds the pooled one
 
         Returns
         -------
@@ -110,9 +113,11 @@ class VisionTransformer(nn.Module):
             x = torch.cat([first, x], dim=1)
         if mask is not None:
             mask = torch.cat([mask.new_ones(len(mask), self.head), mask], dim=1)
+        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
         x, layers, maps, n_prompts = run_blocks(
             self.blocks, self.norm_pre(x), head=self.head, mask=mask, prompts=prompts, attention=attention,
             output_layers=output_layers, output_attention=output_attention,
+            at=None if whole or self.config.pool != "class" else lambda _: first,
         )  # fmt: skip
         prefix = self.head + n_prompts
         if mask is not None:
