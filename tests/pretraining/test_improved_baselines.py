@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from clipworks.errors import ClipworksError
-from clipworks.pretraining.improved_baselines import OPERATIONS, WEAK, ImprovedRecipe, combine
+from clipworks.pretraining.improved_baselines import OPERATIONS, WEAK, ImprovedRecipe
 from clipworks.pretraining.word_noise import STOP_WORDS, deleted, swapped, with_synonyms, without_stop_words
 from clipworks.training.recipe import ContrastiveRecipe
 
@@ -38,11 +38,6 @@ def test_the_loss_written_out():
     found = ImprovedRecipe().losses(made())
     assert found["global"].item() == pytest.approx(whole / 3, abs=1e-12)
     assert found["local"].item() == pytest.approx(2 * local / 3, abs=1e-12)
-
-
-def test_weights():
-    assert combine(torch.tensor(1.0), torch.tensor(4.0), 2).item() == 3
-    assert combine(torch.tensor(1.0), torch.tensor(4.0), 0).item() == 1
 
 
 def test_equal_views_without_smoothing_give_the_global_loss():

@@ -78,8 +78,8 @@ class ImprovedRecipe(ModuleRecipe):
 
     Examples
     --------
-    >>> combine(torch.tensor(1.0), torch.tensor(4.0), 2)
-    tensor(3.)
+    >>> ImprovedRecipe(strong_views=1).settings["strong_views"]
+    1
     """
 
     def __init__(
@@ -150,21 +150,6 @@ class ImprovedRecipe(ModuleRecipe):
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
     def losses(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the weighted mean of the global loss and of all pairs of strong views."""
-        whole = self.plain.losses(features)["infonce"]
-        if not self.strong_views:
-            return {"global": whole}
-        loss = get_method("infonce", "losses")
-        pairs = [
-            contrast(loss, "local", {"image": i, "text": t, "scale": features["local_scale"]}, smoothing=self.smoothing)
-            for i in features["local_image"].unbind(1)
-            for t in features["local_text"].unbind(1)
-        ]
-        local = torch.stack([pair["local"] for pair in pairs]).mean()
-        zero = torch.zeros_like(whole)
-        return {"global": combine(whole, zero, self.strong_views), "local": combine(zero, local, self.strong_views)}
-
-
-def combine(whole: torch.Tensor, local: torch.Tensor, views: int) -> torch.Tensor:
-    """Return (global + A local) / (1 + A)."""
-    return (whole + views * local) / (1 + views)
+        """Return the weighted global loss and that of all pairs of strong views."""
+        loss = get_method("improved_baselines", "losses")
+        return contrast(loss, "improved_baselines", features, smoothing=self.smoothing)
