@@ -54,9 +54,9 @@ def siamlip(
 
     Examples
     --------
-    >>> rows = torch.eye(4)
-    >>> siamlip(rows, rows, rows, rows).item(), siamlip(-rows, -rows, rows, rows).item()
-    (0.0, 4.0)
+    >>> image, text = torch.eye(2), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    >>> round(siamlip(image, text, image, text).item(), 3)  # 45 and 135 degrees apart: the mean of 2 - 2 cos
+    2.0
     """
     check_rows(image_guess=image_guess, text_guess=text_guess, image_target=image_target, text_target=text_target)
     pairs = ((image_guess, text_target), (text_guess, image_target))
