@@ -83,7 +83,8 @@ class PlaceRecipe:
                 "name": torch.tensor(name), "caption": torch.tensor(caption), "others": shared}  # fmt: skip
 
     def forward(self, encoder: Encoder, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        image, scale = encoder.encode_image(batch["pixels"]), encoder.log_scale.exp()
+        with torch.autocast(batch["pixels"].device.type, torch.bfloat16):
+            image, scale = encoder.encode_image(batch["pixels"]), encoder.log_scale.exp()
         count, tables = len(image), self.tables
         named, told, photo = batch["name"] >= 0, batch["caption"] >= 0, batch["photo"]
         target = tables.same[batch["name"][named]]
@@ -135,7 +136,8 @@ def main(
     encoder: Encoder, folder: Path, tables: Tables, out: Path, *, weights: Sequence[float] = (1.0, 1.0, 1.0),
     count: int | None = None, fit: bool = True, **options: Any,
 ) -> TrainReport:  # fmt: skip
-    """Train the image tower above the middle of its stem; the text tower stays."""
+    """Train the image tower above the middle of its stem; the text tower stays. Options are those of `train`."""
+    options = {"lr": 1e-3, "weight_decay": 0.05, "warmup": 50, "layer_decay": 0.65, "ema": 0.995, "save_every": 100} | options
     views = [View(**view) for view in json.loads((folder / "views.json").read_text(encoding="utf-8"))]
     recipe = PlaceRecipe(views, folder, tables, weights)
     if fit:
