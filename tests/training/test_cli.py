@@ -55,9 +55,31 @@ def test_finetune_shows_what_was_forgotten(room, capsys):
     assert json.loads((room / "run" / "forgetting.json").read_text())["names"] == ["blue", "red"]
 
 
+def test_distil_and_go_on(room, capsys):
+    assert main(["train", "pairs", "--model", "model.json", "--out", "teacher", *QUICK]) == 0
+    words = ["distill", "pairs", "teacher/model.safetensors", "--student", "model.json", "--out", "run", "--losses",
+             "fd=2000,clip=1", "--views", "2", "--json", *QUICK]  # fmt: skip
+    capsys.readouterr()
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["losses"]) == {"loss", "fd", "clip"}
+    assert list((room / "run" / "teacher").rglob("rows-*.safetensors"))
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["resumed_from"] == 2
+
+
+def test_a_recipe_by_name_with_arguments(room, capsys):
+    words = ["train", "pairs", "--model", "model.json", "--out", "run", "--json", *QUICK, "--recipe"]
+    assert main([*words, "slip(hidden=8, out=4, strong='standard')"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["losses"]) == {"loss", "infonce", "simclr"}
+    assert main([*words, "flip"]) == 2  # the folder holds another run
+    assert "recipe differs from the run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["train", "pairs", "--model", "model.json", "--out", "run", "--recipe", "slp"], "Did you mean 'slip'?"),
         (["train", "pairs", "--model", "model.json", "--out", "run", "--schedule", "cosin"], "Did you mean 'cosine'?"),
         (["train", "classes", "--model", "model.json", "--out", "run"], "must give every image a caption"),
         (["train", "pairs", "--model", "absent.json", "--out", "run", *QUICK], "absent.json"),

@@ -14,7 +14,7 @@ Data = Annotated[str, typer.Argument(help="Folder, table, webdataset or list of 
 Out = Annotated[str, typer.Option("--out", help="Folder of the run.")]
 
 
-@command("training.loop.train", hide=("data", "recipe"), resume=RESUME)
+@command("training.loop.train", hide=("data",), resume=RESUME)
 def train(data: Data, *, out: Out, json: Json = False, **options: Any) -> None:
     """Train an encoder on image-text pairs, from a configuration file or from given weights.
 
@@ -27,6 +27,7 @@ def train(data: Data, *, out: Out, json: Json = False, **options: Any) -> None:
     Examples:
       clipworks train pairs.csv --out run --epochs 10 --validation held-out.csv
       clipworks train pairs --model model.json --out run --batch-size 1024 --micro-batch 64 --precision bf16
+      clipworks train pairs.csv --model model.json --out run --recipe "flip(drop=0.75)"
     """
     from ..training.loop import train as work
 

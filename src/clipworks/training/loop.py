@@ -30,7 +30,7 @@ from .feed import Feed, Order, ahead, data_digest, open_items, open_pairs
 from .gather import mean_over_processes, processes, rank
 from .gradcache import cached_backward
 from .log import Log
-from .recipe import ContrastiveRecipe, Recipe
+from .recipe import Recipe, resolve_recipe
 from .run import Run, resolve_model, start_processes
 from .schedule import SCHEDULES, learning_rate, warmup_steps
 from .towers import DISTRIBUTED, PRECISIONS, seed_torch, to_device, unsynchronised
@@ -83,7 +83,7 @@ def train(
     *,
     out: str | Path,
     loss: str | Callable[..., Any] = "infonce",
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | None = None,
     epochs: int = 32,
     steps: int | None = None,
     batch_size: int = 256,
@@ -127,7 +127,8 @@ def train(
     model : configuration (or JSON file of one) to train from scratch; name, weights file or encoder to go on from
     out : folder of the run: log.jsonl, checkpoints, model.safetensors, report.json
     loss : registered loss (`clipworks methods losses`), or a function; a recipe has its own
-    recipe : what a step does, see `training.recipe.Recipe`; default: one view, one caption, one loss
+    recipe : what a step does: a method of `pretraining/` by name, "slip" or "flip(drop=0.75)", or an object (see
+        `training.recipe.Recipe`); default: one view, one caption, one loss
     epochs : passes over the data; whole batches only (CLIP: 32)
     steps : optimizer steps instead of epochs
     batch_size : pairs per step, over all processes together
@@ -144,7 +145,8 @@ def train(
     ema : decay of a moving average of the weights, saved as ema.safetensors (0.999 for short runs)
     freeze : shell patterns of parameters that do not learn, for example "text.*"
     layer_decay : factor on the learning rate per layer towards the input (fine-tuning: 0.75)
-    augment : views of a recipe-less run: "none", "light" (crop of 90 % and more), "standard" (50 %, flip), "strong"
+    augment : views, of a named recipe too unless it has its own: "none", "light" (crop of 90 % and more), "standard"
+        (50 %, flip), "strong"
     validation : set evaluated at the start and during training: labels give zero-shot accuracy, captions recall
     names : class names of the validation labels, or label -> name (default: the labels)
     templates : sentences around the names
@@ -179,11 +181,11 @@ def train(
         check_range(name, value, 1)
     check_range("lr", lr, 0)
     accelerator = start_processes(device, timeout)
+    recipe = resolve_recipe(recipe, loss, resolve_augment(augment))
     items = open_pairs(data) if getattr(recipe, "captions", True) else open_items(data)
     probe = None if validation is None else Probe.open(validation, names, templates)
     order = Order(len(items), batch_size, seed)
     total = order.steps_per_epoch * epochs if steps is None else int(check_range("steps", steps, 1))
-    recipe = recipe if recipe is not None else ContrastiveRecipe(loss, resolve_augment(augment))
     split = bool(getattr(recipe, "split", False))
     if micro_batch is not None and not split:
         name = type(recipe).__name__

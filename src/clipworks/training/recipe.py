@@ -7,6 +7,7 @@ two halves, `features` and `losses`, gets exact large batches on little memory (
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from ..errors import ClipworksError
-from ..registry import get_method
-from .augment import Augment, view
+from ..errors import ClipworksError, check_choice, closest
+from ..registry import get_method, methods
+from .augment import Augment, resolve_augment, view
 from .gather import full_matrix, gather, local_rows, processes
 
 if TYPE_CHECKING:
@@ -154,3 +155,46 @@ def contrast(
         extra = {k: gather(v) if v.ndim else v for k, v in extra.items()}
         value = full_matrix(loss, image, text, scale, **extra, **options)
     return value if isinstance(value, dict) else {name: value}
+
+
+def resolve_recipe(
+    recipe: Recipe | str | None, loss: str | Callable[..., Any] = "infonce", augment: Augment | None = None
+) -> Recipe:
+    """Return a recipe: as it is, the plain one for None, or a method of `pretraining/` by name.
+
+    Parameters
+    ----------
+    recipe : an object, or text: "slip", or with arguments as in Python, "flip(drop=0.75)"; views may be given by name,
+        "slip(strong='standard')"
+    loss, augment : what a recipe gets that takes one and was not given its own
+    """
+    if recipe is None:
+        return ContrastiveRecipe(loss, augment)
+    if not isinstance(recipe, str):
+        return recipe
+    name, options = _call(recipe)
+    made: Any = get_method(check_choice("recipe", name, [m.name for m in methods("pretraining")]), "pretraining")
+    if inspect.isfunction(made):
+        raise ClipworksError(f"recipe must train. {name!r} prepares the data: call it before, and train on its result.")
+    known = inspect.signature(made).parameters
+    for argument, value in options.items():
+        if argument not in known:
+            raise ClipworksError(f"{name} has no argument {argument!r}. It takes {', '.join(known)}."
+                                 f"{closest(argument, known)}")  # fmt: skip
+        if isinstance(value, str) and "Augment" in str(known[argument].annotation):
+            options[argument] = resolve_augment(value)
+    of_run = {k: v for k, v in {"loss": loss, "augment": augment}.items() if k in known}
+    return made(**{**of_run, **options})
+
+
+def _call(text: str) -> tuple[str, dict[str, Any]]:
+    """Return name and keyword arguments of text such as "flip(drop=0.75)"; nothing is run."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if isinstance(node, ast.Call) and not node.args:
+            return ast.unparse(node.func), {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        if isinstance(node, ast.Name):
+            return node.id, {}
+    except (SyntaxError, ValueError):
+        pass
+    raise ClipworksError(f"recipe must look like 'slip' or 'flip(drop=0.75)'. Got {text!r}.")
