@@ -4,6 +4,10 @@ import csv
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -77,6 +81,29 @@ def test_embed_takes_several_files_as_the_shell_gives_them(capsys, tmp_path):
     found = read(capsys, "embed", *files, *options)
     assert found["n_added"] == 2
     assert Collection.open(tmp_path / "c").keys == files
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_embed_keeps_what_it_has_and_says_how_to_go_on(folder, tmp_path, sent):
+    (tmp_path / "many").mkdir()
+    for i in range(400):
+        Image.new("RGB", (8, 8), (i % 256, i // 256, 7)).save(tmp_path / "many" / f"{i:04}.png")
+    words = ["embed", tmp_path / "many", "--out", tmp_path / "c", "--encoder", folder / "tiny.safetensors"]
+    words, small = [sys.executable, "-m", "clipworks", *map(str, words)], ["--batch-size", "4", "--commit-every", "8"]
+    running = subprocess.Popen([*words, *small], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    data = tmp_path / "c" / "items.lance" / "data"
+    while running.poll() is None and not (data.exists() and len(list(data.iterdir())) > 3):
+        time.sleep(0.01)
+    running.send_signal(sent)
+    err = running.communicate(timeout=120)[1]
+    assert running.returncode == 130, err
+    assert err.splitlines()[-1] == "clipworks: stopped. The same command goes on where it stopped."
+    assert "Traceback" not in err
+    kept = len(Collection.open(tmp_path / "c"))
+    assert 24 <= kept < 400
+    done = subprocess.run([*words, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["n_added"] == 400 - kept
 
 
 def test_embed_of_nothing_usable_is_exit_code_1(capsys, tmp_path):

@@ -1,14 +1,17 @@
 """The entry point `clipworks`: builds the commands, turns errors into one line on stderr and into exit codes.
 
-Exit codes: 0 done, 1 the data is at fault (damage, nothing usable), 2 the user's mistake, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 the data is at fault (damage, nothing usable), 2 the user's mistake, 130 stopped by Ctrl-C or
+by SIGTERM; what was done until then is kept, and a second signal stops at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -68,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # a file name that the terminal cannot show must not stop the work
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = build_app(name)(args=words, prog_name="clipworks", standalone_mode=False) or 0
+        with _stoppable():
+            code = build_app(name)(args=words, prog_name="clipworks", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
@@ -78,6 +82,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == 130:
         return _fail(f"stopped. {commands[name].resume if name else ''}", code)
     return code
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM stop a command as Ctrl-C does: what it has done is kept."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread, where signals cannot be set
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explain(error: Exception, command: str) -> int:
