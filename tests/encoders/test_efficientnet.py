@@ -116,6 +116,17 @@ def test_released_weights_are_all_used_and_checked():
         stem.read(released_only)
 
 
+@pytest.mark.parametrize(("size", "channels"), [("lite0", 112), ("lite2", 120)])
+def test_tokens_from_the_stored_front_are_the_same(size, channels):
+    stem = efficientnet.EfficientNetLiteStem(8, size).double().eval()
+    stem.read(released(size))
+    x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        front = stem.front(x)
+        assert front.shape == (1, channels, 4, 6)
+        torch.testing.assert_close(stem(front), stem(x), rtol=0, atol=0)
+
+
 def hybrid(image_size=128):
     vision = VisionConfig(**{**tiny.VISION, "stem": "efficientnet-lite0", "patch_size": 32, "image_size": image_size,
                              "pool": "mean", "class_token": False})  # fmt: skip

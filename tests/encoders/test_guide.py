@@ -15,7 +15,7 @@ def test_guide():
     assert tried > 40
 
 
-@pytest.mark.parametrize("name", ["config", "positions"])
+@pytest.mark.parametrize("name", ["config", "efficientnet", "positions"])
 def test_docstrings(name):
     failed, tried = doctest.testmod(importlib.import_module(f"clipworks.encoders.{name}"), extraglobs=None)
     assert failed == 0
