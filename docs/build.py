@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -53,7 +55,7 @@ def row(info: MethodInfo) -> str:
 def commands_page(text: str) -> str:
     """Return the page with the output of every example as it is now."""
     with tempfile.TemporaryDirectory() as folder, working_in(folder):
-        sample_photos(Path("photos"))
+        sample_files(Path())
         return BLOCK.sub(lambda block: "\n".join(run(line) for line in examples(block.group())) + "\n", text)
 
 
@@ -64,26 +66,47 @@ def examples(block: str) -> list[str]:
 
 
 def run(line: str) -> str:
-    """Run one example in this process and return it with what it printed."""
+    """Run one example in this process and return it with what it printed; `| head -n N` is understood."""
     words = shlex.split(line.replace("\\\n", " "))
+    lines = int(words[-1]) if words[-4:-1] == ["|", "head", "-n"] else None
+    words = words if lines is None else words[:-4]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = clipworks(words[1:])
-    shown = output.getvalue().rstrip()
-    note = f"(exit code {code})" if code else ""
+    shown = "\n".join(output.getvalue().rstrip().splitlines()[:lines])
+    note = f"(exit code {code})" if code and lines is None else ""
     return "\n".join(part for part in (f"$ {line}", shown, note) if part)
 
 
-def sample_photos(folder: Path) -> None:
-    """Two real photos that come with scikit-learn, a smaller copy of one, and a damaged file."""
+CAPTIONS = {"temple": "a temple by the water", "flower": "a flower in the evening light"}
+
+
+def sample_files(folder: Path) -> None:
+    """In `photos` two real photos that come with scikit-learn, a smaller copy of one, and a damaged file.
+
+    For training, the two with captions in `pairs`, in folders of their class in `classes`, and a tiny configuration.
+    """
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
+    from clipworks.encoders.config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
+
+    pairs, classes, folder = folder / "pairs", folder / "classes", folder / "photos"
     (folder / "copies").mkdir(parents=True)
+    pairs.mkdir()
     china, flower = (Image.fromarray(pixels) for pixels in load_sample_images().images)
     china.save(folder / "temple.jpg", quality=92)
     flower.save(folder / "flower.jpg", quality=92)
     flower.resize((320, 213)).save(folder / "copies" / "flower-small.jpg", quality=85)
+    for name, caption in CAPTIONS.items():
+        (classes / name).mkdir(parents=True)
+        for place in (pairs, classes / name):
+            shutil.copy(folder / f"{name}.jpg", place)
+        (pairs / f"{name}.txt").write_text(caption)
+    vision = VisionConfig(image_size=32, patch_size=8, width=24, layers=1, heads=3, mlp_width=48)
+    text = TextConfig(width=24, layers=1, heads=3, mlp_width=48)
+    tiny = EncoderConfig("tiny", 16, vision, text, PreprocessConfig(size=32))
+    (folder.parent / "tiny.json").write_text(json.dumps(tiny.to_dict()))
     whole = (folder / "temple.jpg").read_bytes()
     (folder / "damaged.jpg").write_bytes(whole[: len(whole) // 3])
 

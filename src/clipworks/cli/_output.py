@@ -73,7 +73,7 @@ def facts(values: dict[str, Any], *, as_json: bool = False) -> None:
         return say(json.dumps(values, indent=2, ensure_ascii=False, default=str))
     width = max(map(len, values))
     for key, value in values.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else _cell(value)
+        shown = ", ".join(f"{k} {_cell(v)}" for k, v in value.items()) if isinstance(value, dict) else _cell(value)
         say(f"{key:<{width}}  {_printable(shown)}")
 
 
