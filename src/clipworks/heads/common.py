@@ -1,0 +1,317 @@
+"""What the heads share: checked shots, folds, the sum with zero-shot logits, the choice of settings, temperature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+
+from ..errors import ClipworksError, check_range, closest
+from ..types import Features
+
+SCALE = 100.0  # zero-shot logits are SCALE * cosine, as in CLIP after training
+ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)  # weights of a head beside the zero-shot logits, cautious first
+
+
+@dataclass
+class Shots:
+    """Labelled images that passed the checks.
+
+    Attributes
+    ----------
+    x : vectors (n, dim), float64
+    y : numbers of classes (n,), into `classes_`
+    classes : how many classes there are
+    groups : n numbers; rows that share one are views of one image
+    validation : vectors and class numbers of the images to choose on; None: the shots choose by cross-validation
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    classes: int
+    groups: np.ndarray
+    validation: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def testable(self) -> np.ndarray:
+        """Rows (as a mask) that can be left out: their class has another image."""
+        return fold_numbers(self.y, self.groups, 2) >= 0
+
+    @property
+    def images(self) -> np.ndarray:
+        """Number of every row's image: rows of one class and group share it."""
+        return np.unique(np.stack([self.y, self.groups]), axis=1, return_inverse=True)[1].reshape(-1)
+
+    def splits(self, folds: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Training vectors and classes, held-out vectors and classes: the validation images, or one per fold."""
+        if self.validation is not None:
+            return [(self.x, self.y, *self.validation)]
+        fold = fold_numbers(self.y, self.groups, folds)
+        return [
+            (self.x[fold != k], self.y[fold != k], self.x[fold == k], self.y[fold == k])
+            for k in range(folds) if (fold == k).any()
+        ]  # fmt: skip
+
+
+class Head(ClassifierMixin, BaseEstimator):
+    """Base of the heads. A head defines `fit` and `_scores`; `text` and `alpha` are settings of every head.
+
+    After `fit`: `classes_` (sorted labels, the order of all columns), `text_` (C, dim) unit rows or None, `alpha_`
+    weight of the head beside the zero-shot logits, `temperature_`.
+    """
+
+    text: Any
+    alpha: float | None
+    classes_: np.ndarray
+    text_: np.ndarray | None
+    alpha_: float
+    temperature_: float
+
+    def logits(self, x: Any) -> np.ndarray:
+        """Return uncalibrated logits (n, C): SCALE * cos(x, text) + alpha_ * scores, or the scores without text."""
+        check_is_fitted(self, "temperature_")
+        x = check_vectors(self, x)
+        return self._sum(x, self._scores(x))
+
+    def predict_proba(self, x: Any) -> np.ndarray:
+        """Return calibrated probabilities (n, C), columns in the order of `classes_`."""
+        return softmax(self.logits(x) / self.temperature_)
+
+    def predict(self, x: Any) -> np.ndarray:
+        """Return the most probable label of every row."""
+        best = self.logits(x).argmax(1)
+        return self.classes_[best]
+
+    def score(self, x: Any, y: Any = None) -> float:  # type: ignore[override]
+        """Return the share of rows that get their label (`y`, or the labels of `Features`)."""
+        y = x.labels if y is None and isinstance(x, Features) else y
+        if y is None:
+            raise ClipworksError("y must hold one label per row to score against. Got None.")
+        return float(np.mean(self.predict(x) == np.asarray(y)))
+
+    def _scores(self, x: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _sum(self, x: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        return scores if self.text_ is None else zero_shot(x, self.text_) + self.alpha_ * scores
+
+    def _open(self, x: Any, y: Any, groups: Any = None, validation: Any = None, unseen: bool = False) -> Shots:
+        """Check everything `fit` is given; sets `classes_`, `text_`. `unseen` allows classes that have only words."""
+        y = x.labels if y is None and isinstance(x, Features) else y
+        vectors, y = check_vectors(self, x, y, fit=True)
+        self.classes_, self.text_ = class_words(self.text, y, vectors.shape[1], fingerprint(x))
+        if len(self.classes_) < 2:
+            raise ClipworksError(f"y must hold at least 2 classes. Got 1 class, {self.classes_[0]!r}.")
+        codes = class_numbers("y", y, self.classes_)
+        count = np.bincount(codes, minlength=len(self.classes_))
+        if not unseen and not count.all():
+            names = ", ".join(repr(c) for c in self.classes_[count == 0][:5].tolist())
+            raise ClipworksError(f"y must hold a shot of every class of text. Got none of {names}.")
+        if self.alpha is not None:
+            check_range("alpha", self.alpha, 0)
+        groups = np.arange(len(codes)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+        if groups.shape != codes.shape:
+            raise ClipworksError(f"groups must have one entry per row ({len(codes)}). Got shape {groups.shape}.")
+        return Shots(vectors, codes, len(self.classes_), groups, self._validation(validation))
+
+    def _validation(self, validation: Any) -> tuple[np.ndarray, np.ndarray] | None:
+        if validation is None:
+            return None
+        if isinstance(validation, Features):
+            validation = (validation, validation.labels)
+        if not isinstance(validation, tuple | list) or len(validation) != 2 or validation[1] is None:
+            raise ClipworksError(f"validation must be (x, y) or Features with labels. Got {type(validation).__name__}.")
+        x, y = check_vectors(self, validation[0]), np.asarray(validation[1])
+        if y.shape != (len(x),):
+            raise ClipworksError(f"validation must have one label per row ({len(x)}). Got shape {y.shape}.")
+        return x, class_numbers("validation", y, self.classes_)
+
+    def _choice(self, x: np.ndarray, y: np.ndarray) -> Choice:
+        """An empty choice on held-out images: their vectors and class numbers."""
+        zero = None if self.text_ is None else zero_shot(x, self.text_)
+        return Choice(y, zero, ALPHAS if self.alpha is None else (self.alpha,))
+
+    def _take(self, choice: Choice) -> None:
+        """Set `alpha_` and `temperature_` from a choice; 1 where nothing could be held out."""
+        fixed = 1.0 if self.alpha is None or self.text_ is None else float(self.alpha)
+        self.alpha_ = fixed if choice.logits is None else choice.alpha
+        self.temperature_ = 1.0 if choice.logits is None else fit_temperature(choice.logits, choice.y)
+
+
+class Choice:
+    """The setting with the highest accuracy on held-out images; among equals the one that was offered first.
+
+    Parameters
+    ----------
+    y : class numbers of the held-out images
+    zero : their zero-shot logits, or None
+    alphas : weights to try for the head beside them
+    """
+
+    def __init__(self, y: np.ndarray, zero: np.ndarray | None, alphas: tuple[float, ...]):
+        self.y, self.zero, self.alphas = y, zero, alphas if zero is not None else (1.0,)
+        self.setting: Any = None
+        self.alpha, self.accuracy = 1.0, -1.0
+        self.logits: np.ndarray | None = None
+
+    def offer(self, setting: Any, scores: np.ndarray) -> None:
+        """Try a setting that gives the held-out images these scores (m, C)."""
+        for alpha in self.alphas if len(self.y) else ():
+            logits = scores if self.zero is None else self.zero + alpha * scores
+            accuracy = float(np.mean(logits.argmax(1) == self.y))
+            if accuracy > self.accuracy:
+                self.setting, self.alpha, self.accuracy, self.logits = setting, alpha, accuracy, logits
+
+
+def fit_temperature(logits: np.ndarray, y: np.ndarray) -> float:
+    """Return the temperature that gives held-out images the least mean negative log-likelihood of softmax(logits / T).
+
+    The likelihood is concave in 1 / T, so one bounded search finds its maximum. The bounds follow the spread s of the
+    logits: T stays in [s / 100, 100 s], which keeps it finite where every held-out image is right, or all are wrong.
+
+    Parameters
+    ----------
+    logits : (m, C), of images that the logits were not fitted on
+    y : (m,) class numbers
+
+    Examples
+    --------
+    >>> logits = np.log([[0.8, 0.2]] * 5)  # right in four of five: as sure as it deserves to be
+    >>> round(fit_temperature(3 * logits, np.array([0, 0, 0, 0, 1])), 3)
+    3.0
+    """
+    if len(y) == 0:
+        return 1.0
+    centred = logits - logits.max(1, keepdims=True)
+    spread = float((centred - centred.mean(1, keepdims=True)).std())
+    if not spread > 0:
+        return 1.0
+    own = centred[np.arange(len(y)), y]
+
+    def loss(log_t: float) -> float:
+        inverse = np.exp(-log_t)
+        return float(np.mean(np.log(np.exp(inverse * centred).sum(1)) - inverse * own))
+
+    middle, width = np.log(spread), np.log(100.0)
+    found = minimize_scalar(loss, bounds=(middle - width, middle + width), method="bounded", options={"xatol": 1e-4})
+    return float(np.exp(found.x)) if found.fun < loss(0.0) else 1.0
+
+
+def zero_shot(x: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """Return SCALE * cosine between rows of x and (unit) rows of text."""
+    return SCALE * (unit(x) @ text.T)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Return rows of length 1; a row of zeros stays one."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return exp(logits) over its sum along the last axis."""
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def one_hot(y: np.ndarray, classes: int) -> np.ndarray:
+    """Return (n, classes) with a 1 in the column of each row's class."""
+    return (y[:, None] == np.arange(classes)).astype(float)
+
+
+def fold_numbers(y: np.ndarray, groups: np.ndarray, folds: int) -> np.ndarray:
+    """Return the fold of every row; -1 for the only image of a class, which is never held out.
+
+    The images of a class go round the folds, each class starting one later than the last, so that with fewer images
+    than folds only a few classes lose one at a time.
+
+    >>> fold_numbers(np.array([0, 0, 1, 1, 2]), np.arange(5), 5)
+    array([ 0,  1,  1,  2, -1])
+    """
+    images, inverse = np.unique(np.stack([y, groups]), axis=1, return_inverse=True)
+    owner = images[0]
+    rank = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    single = np.bincount(owner)[owner] < 2
+    return np.where(single, -1, (rank + owner) % folds)[inverse.reshape(-1)]
+
+
+def class_words(text: Any, y: np.ndarray, dim: int, made_by: str = "") -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the sorted classes and their unit word vectors in that order (None without text).
+
+    A matrix goes with the labels 0..C-1, or with the sorted labels if they are numbers and as many; `Features` name
+    their rows by `labels`, in any order. Labels that are words need these: sorted, they may not be in the order of the
+    matrix.
+    """
+    seen = np.unique(y)
+    if text is None:
+        return seen, None
+    vectors = check_text(text, dim, made_by)
+    if isinstance(text, Features) and text.labels is not None:
+        classes, order = np.unique(np.asarray(text.labels), return_index=True)
+        if len(classes) < len(vectors):
+            raise ClipworksError(f"text must have one row per class. Got {len(vectors)} for {len(classes)} labels.")
+        return classes, vectors[order]
+    if seen.dtype.kind not in "biuf":
+        raise ClipworksError("text must be Features with labels (the class of each row) where the labels are words. "
+                             f"Got {type(text).__name__}.")  # fmt: skip
+    if np.isin(seen, np.arange(len(vectors))).all():
+        return np.arange(len(vectors)).astype(seen.dtype if seen.dtype.kind in "iuf" else int), vectors
+    if len(seen) == len(vectors):
+        return seen, vectors
+    raise ClipworksError(f"text must have one row per class ({len(seen)} labels in y). Got {len(vectors)} rows.")
+
+
+def check_text(text: Any, dim: int, made_by: str = "") -> np.ndarray:
+    """Return word vectors as unit rows in float64, or raise where they cannot belong to vectors of `dim` columns."""
+    given = fingerprint(text)
+    if given and made_by and given != made_by:
+        raise ClipworksError(f"text must come from the encoder of x, {made_by[:12]}. Got {given[:12]}.")
+    try:
+        vectors = check_array(as_array(text), dtype=np.float64, input_name="text")
+    except ValueError as error:
+        raise ClipworksError(str(error)) from error
+    if vectors.shape[1] != dim:
+        raise ClipworksError(f"text must have the {dim} columns of x. Got {vectors.shape[1]}.")
+    return unit(vectors)
+
+
+def class_numbers(argument: str, y: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return the position of every label among the classes, or raise naming one that is not there."""
+    known = {label: number for number, label in enumerate(classes.tolist())}
+    try:
+        return np.array([known[label] for label in y.tolist()], dtype=np.intp)
+    except KeyError as error:
+        label = error.args[0]
+        raise ClipworksError(f"{argument} must hold only labels of the {len(classes)} classes. "
+                             f"Got {label!r}.{closest(label, known)}") from None  # fmt: skip
+
+
+def check_vectors(head: BaseEstimator, x: Any, y: Any = None, fit: bool = False) -> Any:
+    """Return x as finite float64 (n, dim) (and y in `fit`), checked as scikit-learn does; errors are ours."""
+    try:
+        if not fit:
+            return validate_data(head, as_array(x), dtype=np.float64, reset=False)
+        x, y = validate_data(head, as_array(x), y, dtype=np.float64, ensure_min_samples=2)
+        check_classification_targets(y)
+        return x, y
+    except NotFittedError:
+        raise
+    except ValueError as error:
+        raise ClipworksError(str(error)) from error
+
+
+def as_array(x: Any) -> Any:
+    """The vectors of `Features`, an array of a tensor; everything else as it is."""
+    if isinstance(x, Features):
+        return x.vectors
+    return x.detach().cpu().numpy() if hasattr(x, "detach") else x
+
+
+def fingerprint(x: Any) -> str:
+    """The fingerprint of `Features`, an empty string for arrays."""
+    return x.fingerprint if isinstance(x, Features) else ""
