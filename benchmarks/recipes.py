@@ -8,37 +8,32 @@ Pairs are clip-art pictures (public domain) with what people wrote about them: t
 plain CLIP gets, title, description and keywords as further captions. Equal compute means equal floating-point
 operations of the training steps (forward and backward, as torch counts them on one step of each recipe), so the load of
 the machine does not matter; making the views is not counted. A finished run is a file in `--work`; a second start goes
-on with what is missing, and every start rewrites `results/recipes.json` from what there is.
+on with what is missing, and every start rewrites `results/recipes.json` and the table of `docs/recipes.md` from what
+there is (`--seeds 0` does that alone).
 """
 
 from __future__ import annotations
 
 import argparse
-import html
 import json
-import re
 import shutil
 import statistics
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipworks.data.decode import decode
 from clipworks.data.item import Item
 from clipworks.encoders.config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
 from clipworks.encoders.encoder import Encoder
 from clipworks.encoders.tokenizers.pretrained import PretrainedTokenizer
-from clipworks.errors import BadImage
 from clipworks.training.augment import Augment
 from clipworks.training.evaluate import recalls, zeroshot
 from clipworks.training.feed import data_digest
@@ -47,95 +42,17 @@ from clipworks.training.recipe import ContrastiveRecipe
 from clipworks.training.towers import Towers
 from clipworks.zeroshot.classifier import class_vectors
 from common import record
+from openclipart import Pairs, read_pairs
 
-SIDE, STORED, BATCH, LR = 48, 56, 128, 1e-3
+SIDE, BATCH, LR = 48, 128, 1e-3
 WEAK = Augment(scale=(0.5, 1.0))
 STRONG = Augment(scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2)
-HELD_OUT = 500
-# folders of near-copies: they belong to the raw pool that curation is tried on, not to the clean one
-BULK = re.compile(r"^shapes/stars/|-theme/|^recreation/games/cards/")
 TEMPLATES = ("{}.", "a drawing of {}.")
+PAGE = Path(__file__).parents[1] / "docs/recipes.md"
+MARKS = ("<!-- table: written by benchmarks/recipes.py -->", "<!-- end of table -->")
 
 
-# --- pairs -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Pairs:
-    """The pool, cut into training and held-out parts.
-
-    Attributes
-    ----------
-    clean, raw : training items without and with the folders of near-copies
-    held_out : items whose titles appear nowhere in training
-    """
-
-    clean: list[Item]
-    raw: list[Item]
-    held_out: list[Item]
-
-
-def words(text: str) -> str:
-    """Lower-case words of a name or a sentence, digits left out."""
-    text = re.sub(r"([a-z])([A-Z])", r"\1 \2", html.unescape(html.unescape(text)))
-    return " ".join(re.findall(r"[^\W\d_]+", text.lower()))
-
-
-def read_pairs(folder: Path, work: Path) -> Pairs:
-    """Decode all pictures once, put their words beside them, and split by title."""
-    root = folder / "usr/share/openclipart"
-    files = sorted(f for f in (root / "png").rglob("*.png") if not f.is_symlink())
-    if not files:
-        raise SystemExit(f"--pairs must hold usr/share/openclipart/png. Nothing in {folder}.")
-    store = work / f"pixels-{STORED}.npz"
-    if not store.exists():
-        usable = {file.relative_to(root / "png").with_suffix("").as_posix(): square(file) for file in files}
-        np.savez(store, **{key: pixels for key, pixels in usable.items() if pixels is not None})
-    items, seen = [], set()
-    with np.load(store) as pixels:
-        for key in pixels:
-            image = pixels[key]
-            if image.tobytes() not in seen:
-                seen.add(image.tobytes())
-                items.append(item_of(key, image, root / "svg"))
-    clean = [item for item in items if not BULK.search(item.key)]
-    # a title is held out as a whole, so that series of near-copies never straddle the split
-    titles = Counter(item.columns["title"] for item in clean)
-    texts = [" ".join([item.caption or "", *item.columns["alternatives"]]) for item in clean]
-    common = Counter(w for text in texts for w in set(text.split()))
-    single = [t for t in sorted(titles) if t and titles[t] == 1 and all(common[w] > 2 for w in t.split())]
-    chosen = set(np.random.default_rng(0).permutation(single)[:HELD_OUT].tolist())
-    held_out = [item for item in clean if item.columns["title"] in chosen]
-    return Pairs([i for i in clean if i.columns["title"] not in chosen],
-                 [i for i in items if i.columns["title"] not in chosen], held_out)  # fmt: skip
-
-
-def square(file: Path) -> np.ndarray | None:
-    """The picture on white, padded to a square of the stored size; None if it cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return np.asarray(ImageOps.pad(decode(file), (STORED, STORED), color="white"))
-    except BadImage:
-        return None
-
-
-def item_of(key: str, image: np.ndarray, drawings: Path) -> Item:
-    """One picture with its file name as caption, and title, description, keywords from the drawing's metadata."""
-    *folders, name = key.split("/")
-    drawing = drawings / f"{key}.svg"
-    text = drawing.read_text(encoding="utf-8", errors="replace") if drawing.exists() else ""
-
-    def field(tag: str) -> list[str]:
-        found = re.findall(rf"<{tag}>([^<]*)</{tag}>", text)
-        return [words(f) for f in found if "HASH(" not in f.upper() and "@" not in f and words(f)]
-
-    title = (field("dc:title") or [""])[0]
-    keywords = list(dict.fromkeys(k for k in field("rdf:li") if k != "hash"))
-    about = (field("dc:description") or [""])[0]
-    columns = {"title": title, "about": " ".join(about.split()[:12]), "keywords": " ".join(keywords[:8]),
-               "alternatives": [t for t in (title, about, " ".join(keywords[:8])) if t]}  # fmt: skip
-    return Item(key, image, words(name) or words(folders[-1]), words(folders[-1]), columns)
+# --- towers ----------------------------------------------------------------------------------------------------------
 
 
 def word_tokenizer(texts: list[str]) -> PretrainedTokenizer:
@@ -355,6 +272,32 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def table(found: dict[str, Any]) -> str:
+    """The summary as Markdown: means, and in brackets the gain over the baseline seed by seed, +- its spread."""
+    columns = {"recall10_name": "names", "recall10_title": "titles", "recall10_keywords": "keywords",
+               "zeroshot": "zero-shot", "gap": "gap"}  # fmt: skip
+    lines = [f"| recipe | seeds | {' | '.join(columns.values())} |", "|---" * (2 + len(columns)) + "|"]
+    for name, entry in found.items():
+        cells = []
+        for key in columns:
+            value, digits = entry[key], 2 if key == "gap" else 1
+            cell = f"{value['mean']:.{digits}f}"
+            if name != entry["baseline"] and value["gain"] is not None:
+                spread = "" if value["gain_sd"] is None else f" +- {value['gain_sd']:.{digits}f}"
+                cell += f" ({value['gain']:+.{digits}f}{spread})"
+            cells.append(cell)
+        lines.append(f"| {name} | {entry['seeds']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_page(found: dict[str, Any]) -> None:
+    """Put the table between its marks in `docs/recipes.md`."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{table(found)}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 def mean(values: list[float]) -> float | None:
     return round(statistics.fmean(values), 2) if values else None
 
@@ -382,11 +325,13 @@ def main() -> None:
                 entry = one_run(name, seed, pairs, given.steps)
                 file.write_text(json.dumps(entry) + "\n", encoding="utf-8")
                 print(json.dumps(entry), flush=True)
+    order = [*RECIPES, *CURATED, *STAGED]
     runs = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(given.work.glob("*-[0-9].json"))]
-    known = [r for r in runs if r["recipe"] in {*RECIPES, *CURATED, *STAGED}]
+    runs = sorted((r for r in runs if r["recipe"] in order), key=lambda r: (order.index(r["recipe"]), r["seed"]))
     sizes = {"clean": len(pairs.clean), "raw": len(pairs.raw), "held_out": len(pairs.held_out)}
-    results = {"plain_steps": given.steps, "batch": BATCH, "pairs": sizes, "summary": summary(known), "runs": known}
+    results = {"plain_steps": given.steps, "batch": BATCH, "pairs": sizes, "summary": summary(runs), "runs": runs}
     record("recipes", results, seed=0, data_digest=data_digest([*pairs.raw, *pairs.held_out]))
+    write_page(results["summary"])
 
 
 if __name__ == "__main__":

@@ -97,6 +97,34 @@ def test_it_may_be_negative():
     assert cloob(rows, rows, 30.0).item() < 0
 
 
+def test_it_does_not_hang_on_the_strong_cue():
+    """A strong and a weak group of features that occur together: less of the variance lies in one direction."""
+
+    def share(loss, seed):
+        rng = np.random.default_rng(seed)
+        strong, weak = rng.normal(size=(8, 12)), rng.normal(size=(8, 12))
+        shown = np.c_[3 * strong[rng.integers(0, 8, 256)], weak[rng.integers(0, 8, 256)]]
+        sides = [torch.tensor(shown + 0.3 * rng.normal(size=shown.shape), dtype=torch.float32) for _ in range(2)]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            encoders = [torch.nn.Linear(24, 16) for _ in range(2)]
+        optimizer = torch.optim.Adam([p for e in encoders for p in e.parameters()], lr=5e-3)
+
+        def encode(rows):
+            return [torch.nn.functional.normalize(e(x[rows]), dim=1) for e, x in zip(encoders, sides, strict=True)]
+
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss(*encode(torch.tensor(rng.permutation(256)[:64]))).backward()
+            optimizer.step()
+        image = encode(torch.arange(256))[0].detach()
+        variance = torch.linalg.svdvals(image - image.mean(0)) ** 2
+        return (variance[0] / variance.sum()).item()
+
+    for seed in (0, 1, 2):
+        assert share(cloob, seed) < share(lambda x, y: infonce(x, y, 30.0), seed)
+
+
 def test_safe_numbers():
     check_safe(lambda scale, x, y: cloob(x, y, scale), X, Y, scales=(1.0, 100.0, 1e4))
     check_safe(lambda scale, x, y: cloob(x, y, 30.0, beta=scale), X, Y)

@@ -197,6 +197,28 @@ def test_new_words_are_learned_only_from_the_pool(tmp_path):
     assert right[1] > right[0] + 0.25
 
 
+def test_a_mixture_learns_names_and_looks(tmp_path):
+    """Names of classes, half of them wrong, against descriptions without names: each alone knows one vocabulary."""
+    name_of = {"red": "photo", "green": "of", "blue": "the", "yellow": "a"}
+    rng = np.random.default_rng(0)
+    data = items(64)
+    colours = [item.caption.split()[-2] for item in data]
+    for item, colour in zip(data, colours, strict=True):
+        item.caption = name_of[colour] if rng.random() < 0.5 else str(rng.choice(list(name_of.values())))
+    pools = {item.key: [colour] for item, colour in zip(data, colours, strict=True)}
+    truth = torch.tensor([list(name_of).index(colour) for colour in colours])
+    right = {}
+    for p in (1.0, 0.5, 0.0):
+        recipe = CaptionPools(pools, original=p, min_words=1)
+        encoder = trained(tmp_path / str(p), recipe, data, steps=100, batch_size=16, lr=3e-3).encoder
+        image = encoder.images([item.image for item in data])
+        for what, words in (("names", list(name_of.values())), ("looks", list(name_of))):
+            guess = (image @ encoder.texts(words).T).argmax(1)
+            right[p, what] = (guess == truth).float().mean().item()
+    assert right[0.5, "looks"] > right[1.0, "looks"] + 0.2
+    assert right[0.5, "names"] > right[0.0, "names"] + 0.2
+
+
 def test_settings_tell_runs_apart():
     shown = [repr(CaptionPools(original=p, sentences=s).settings) for p, s in itertools.product((None, 0.5), (0, 1))]
     assert len(set(shown)) == 4

@@ -44,6 +44,23 @@ def test_accumulating_small_losses_is_something_else():
     assert not torch.allclose(model.text.weight.grad, expected["text.weight"], rtol=1e-2, atol=1e-2)
 
 
+def test_pasting_pieces_among_cached_ones_counts_the_scale_once_per_piece():
+    """The common way: each piece with its graph among the others without, and the whole loss each time."""
+    batch = vectors(12)
+    _, expected = _whole(Pair(), batch)
+    model = Pair()
+    pieces = cut(batch, 3)
+    with torch.no_grad():
+        cached = [model(piece) for piece in pieces]
+    for number, piece in enumerate(pieces):
+        here = [*cached[:number], model(piece), *cached[number + 1 :]]
+        joined = {name: torch.cat([part[name] for part in here]) for name in ("image", "text")}
+        _losses({**joined, "scale": here[number]["scale"]})["infonce"].backward()
+    for name, gradient in gradients(model).items():
+        times = 4.0 if name == "log_scale" else 1.0
+        assert torch.allclose(gradient, times * expected[name], rtol=0, atol=1e-13), name
+
+
 def test_dropout_draws_the_same_in_both_passes():
     """With the masks of each piece known, the expected gradient follows from the pieces joined in one graph."""
     batch = vectors(8)
