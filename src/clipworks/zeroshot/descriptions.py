@@ -105,8 +105,8 @@ class WordNetGlosses:
         except OSError as error:
             raise ClipworksError(f"path must be WordNet's data.noun. {str(path)!r}: {error.strerror}.") from None
         self._glosses: dict[str, str] = {}
-        self._senses: dict[str, list[tuple[bool, bool, int, int, str]]] = {}
-        order = _sense_order(path.with_name("index.noun"))
+        self._senses: dict[str, list[tuple[bool, bool, int, str]]] = {}
+        self._order = _sense_order(path.with_name("index.noun"))
         for line in lines:
             head, bar, gloss = line.partition("|")
             fields = head.split()
@@ -115,10 +115,8 @@ class WordNetGlosses:
             offset, kind = fields[0], fields[1]
             self._glosses[offset] = gloss.strip()
             for word, number in zip(*[iter(fields[4 : 4 + 2 * int(fields[3], 16)])] * 2, strict=True):
-                word = _fold(word)
-                rank = order.get(word, {}).get(offset, len(order))
-                sense = ("@i" in fields, kind not in VISIBLE, rank, int(number, 16), offset)
-                self._senses.setdefault(word, []).append(sense)
+                sense = ("@i" in fields, kind not in VISIBLE, int(number, 16), offset)
+                self._senses.setdefault(_fold(word), []).append(sense)
         if not self._glosses:
             raise ClipworksError(f"path must be WordNet's data.noun. {str(path)!r} holds no entry of that form.")
         self._chosen = {name: str(offset).lstrip("n") for name, offset in (synsets or {}).items()}
@@ -127,9 +125,14 @@ class WordNetGlosses:
                 raise ClipworksError(f"synsets must be offsets of {str(path)!r}. Got {offset!r} for {name!r}.")
 
     def __call__(self, name: str) -> list[str]:
-        senses = self._senses.get(_fold(name))
-        offset = self._chosen.get(name) or (min(senses)[-1] if senses else None)
-        if offset is None:
+        word = _fold(name)
+        if name in self._chosen:
+            offset = self._chosen[name]
+        elif word in self._senses:
+            common = self._order.get(word, "").split()
+            ranked = [(*s[:2], common.index(s[-1]) if s[-1] in common else 99, *s[2:]) for s in self._senses[word]]
+            offset = min(ranked)[-1]
+        else:
             return []
         parts = (part.strip() for part in self._glosses[offset].split(";"))
         return list(dict.fromkeys(part for part in parts if part and '"' not in part))
@@ -219,17 +222,12 @@ def _words(name: str, items: Any) -> list[str]:
     return list(dict.fromkeys(i.strip() for i in items if i.strip()))
 
 
-def _sense_order(path: Path) -> dict[str, dict[str, int]]:
-    """word -> offset -> rank of the sense, from WordNet's index; empty where there is none."""
+def _sense_order(path: Path) -> dict[str, str]:
+    """word -> its line in WordNet's index, which ends with the offsets, commonest first; empty where there is none."""
     if not path.is_file():
         return {}
-    order = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        fields = line.split()
-        if line.startswith(" ") or len(fields) < 7:
-            continue
-        order[_fold(fields[0])] = {offset: rank for rank, offset in enumerate(fields[-int(fields[2]) :])}
-    return order
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {_fold(word): rest for word, _, rest in (line.partition(" ") for line in lines) if word}
 
 
 def _read_json(argument: str, path: str | Path) -> Any:
