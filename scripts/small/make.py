@@ -100,7 +100,8 @@ def main() -> None:
     parser.add_argument("parts", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", choices=STEPS, nargs="+", default=STEPS, help="steps to run")
-    parser.add_argument("--epochs", type=int, default=3, help="of the image tower")
+    parser.add_argument("--image-epochs", type=float, default=1.75, help="of the image tower, over all views")
+    parser.add_argument("--text-epochs", type=float, default=1.3, help="of the text tower")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--device", choices=("auto", "cpu"), default="cpu")
     options = parser.parse_args()
@@ -111,11 +112,11 @@ def main() -> None:
     shared: dict[str, Any] = {"device": options.device}
     if "text" in options.only:
         encoder = start(parts / "efficientnet-lite2.pth", parts / "minilm")
-        train_text(encoder, work / "texts", work / "text", **shared)
+        train_text(encoder, work / "texts", work / "text", epochs=options.text_epochs, **shared)
     if "image" in options.only:
         encoder = load(work / "text" / "model.safetensors")
-        train_image(encoder, work / "views", tables(corpus, parts, encoder), work / "image", epochs=options.epochs,
-                    batch_size=options.batch_size, **shared)  # fmt: skip
+        train_image(encoder, work / "views", tables(corpus, parts, encoder), work / "image",
+                    epochs=options.image_epochs, batch_size=options.batch_size, **shared)  # fmt: skip
     if "languages" in options.only:
         encoder = load(work / "image" / "ema.safetensors")
         train_languages(encoder, parts, work / "texts", work / "languages", **shared)

@@ -134,14 +134,16 @@ def fit_linear(encoder: Encoder, recipe: PlaceRecipe, most: int = 6000) -> None:
 
 def main(
     encoder: Encoder, folder: Path, tables: Tables, out: Path, *, weights: Sequence[float] = (1.0, 1.0, 1.0),
-    count: int | None = None, fit: bool = True, **options: Any,
+    epochs: float = 1.75, batch_size: int = 256, fit: bool = True, **options: Any,
 ) -> TrainReport:  # fmt: skip
     """Train the image tower above the middle of its stem; the text tower stays. Options are those of `train`."""
-    options = {"lr": 1e-3, "weight_decay": 0.05, "warmup": 50, "layer_decay": 0.65, "ema": 0.995, "save_every": 100} | options
+    usual = {"lr": 1e-3, "weight_decay": 0.05, "warmup": 50, "layer_decay": 0.65, "ema": 0.995, "save_every": 100}
     views = [View(**view) for view in json.loads((folder / "views.json").read_text(encoding="utf-8"))]
     recipe = PlaceRecipe(views, folder, tables, weights)
     if fit:
         fit_linear(encoder, recipe)
     still = ["text.*"] + [f"visual.stem.body.{i}.*" for i in range(encoder.visual.stem.middle)]
-    items = [(str(i), "-") for i in range(count or len(views))]
-    return train(items, encoder, out=out, recipe=recipe, freeze=still, clip=1.0, **options)
+    items = [(str(i), "-") for i in range(len(views))]
+    usual["steps"] = round(epochs * len(items) / batch_size)
+    return train(items, encoder, out=out, recipe=recipe, freeze=still, clip=1.0,
+                 batch_size=batch_size, **usual | options)  # fmt: skip
