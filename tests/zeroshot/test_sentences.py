@@ -6,7 +6,7 @@ import torch
 
 from clipworks.errors import ClipworksError
 from clipworks.types import Features
-from clipworks.zeroshot.sentences import Scores, as_text, as_vectors, best, encode, means, softmax
+from clipworks.zeroshot.sentences import Scores, as_text, as_vectors, best, encode, grouped, means, softmax
 
 
 class Counting:
@@ -67,6 +67,12 @@ def test_means_of_runs():
 def test_best_takes_the_first_of_equals():
     assert best(np.array([[1.0, 3.0, 3.0, 2.0]]), 3).tolist() == [[1, 2, 3]]
     assert best(np.zeros((2, 3)), 9).tolist() == [[0, 1, 2]] * 2
+
+
+def test_images_are_grouped_by_their_candidates():
+    candidates = np.array([[3, 1], [0, 2], [1, 3], [1, 2]])
+    assert [(g, rows.tolist()) for g, rows in grouped(candidates)] == [([0, 2], [1]), ([1, 2], [3]), ([1, 3], [0, 2])]
+    assert grouped(np.empty((0, 2), int)) == []
 
 
 def test_scores():

@@ -136,6 +136,13 @@ def means(vectors: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     return np.add.reduceat(vectors, starts, axis=0) / np.asarray(sizes, np.float32)[:, None]
 
 
+def grouped(candidates: np.ndarray) -> list[tuple[list[int], np.ndarray]]:
+    """Images with the same candidates together: (the candidates, sorted; the rows that have them) of each group."""
+    groups, member, sizes = np.unique(np.sort(candidates, axis=1), axis=0, return_inverse=True, return_counts=True)
+    rows = np.split(np.argsort(member.reshape(-1), kind="stable"), np.cumsum(sizes)[:-1])
+    return list(zip(groups.tolist(), rows, strict=True)) if len(groups) else []
+
+
 def best(scores: np.ndarray, k: int) -> np.ndarray:
     """Positions of the k best classes of every row, best first; of equal ones the first; shape (n, min(k, C))."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
