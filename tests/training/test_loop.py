@@ -88,8 +88,12 @@ def _in_process(rank, count, out, changes):
         {},
         {"micro_batch": 3, "ema": 0.5, "clip": 0.1, "augment": "strong"},
         {"distributed": "fsdp", "micro_batch": 3, "clip": 0.1},
+        pytest.param({"loss": "sigmoid", "micro_batch": 3}, marks=pytest.mark.slow),
+        pytest.param({"loss": "sigmoid_ring", "micro_batch": 3}, marks=pytest.mark.slow),
+        pytest.param({"recipe": "m2_mix(weight=0.5, both=0.1)"}, marks=pytest.mark.slow),
+        pytest.param({"recipe": "clip_refine", "micro_batch": 3}, marks=pytest.mark.slow),
     ],
-    ids=["ddp", "pieces", "fsdp"],
+    ids=["ddp", "pieces", "fsdp", "sigmoid", "ring", "m2_mix", "clip_refine"],
 )
 def test_two_processes_train_as_one(tmp_path, changes):
     labelled = [Item(str(i), image, caption, caption) for i, (image, caption) in enumerate(drawings(7, seed=3))]

@@ -8,7 +8,7 @@ from clipworks.errors import ClipworksError
 from clipworks.pretraining.dreamlip import DreamlipRecipe
 from clipworks.pretraining.flip import FlipRecipe
 from clipworks.training.augment import AUGMENTS, Augment
-from clipworks.training.recipe import ContrastiveRecipe, resolve_recipe
+from clipworks.training.recipe import ContrastiveRecipe, plain_losses, resolve_recipe
 
 CROP = Augment(scale=(0.3, 1.0))
 
@@ -34,6 +34,15 @@ def test_arguments_are_python_literals():
     found = resolve_recipe("dreamlip(columns=['title', 'about'], sentences_per_image=2, grouping=0.5)")
     assert isinstance(found, DreamlipRecipe)
     assert (found.columns, found.texts_per_image, found.grouping) == (("title", "about"), 3, 0.5)
+
+
+def test_a_loss_by_name_needs_no_more_than_a_plain_step_has():
+    assert {"infonce", "sigmoid", "sigmoid_ring", "cloob", "soft_label"} <= set(plain_losses())
+    assert not {"barlip", "simclr", "clip_refine", "m2_mix", "relation_distillation"} & set(plain_losses())
+    with pytest.raises(ClipworksError, match=r"loss must be one of .*'infonce'.* Got 'simclr'"):
+        resolve_recipe(None, "simclr")
+    with pytest.raises(ClipworksError, match="Did you mean 'infonce'"):
+        resolve_recipe(None, "infonec")
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,8 @@ def resolve_recipe(
     loss, augment : what a recipe gets that takes one and was not given its own
     """
     if recipe is None:
+        if isinstance(loss, str):
+            check_choice("loss", loss.removeprefix("losses/").replace("-", "_"), plain_losses())
         return ContrastiveRecipe(loss, augment)
     if not isinstance(recipe, str):
         return recipe
@@ -185,6 +187,17 @@ def resolve_recipe(
             options[argument] = resolve_augment(value)
     of_run = {k: v for k, v in {"loss": loss, "augment": augment}.items() if k in known}
     return made(**{**of_run, **options})
+
+
+def plain_losses() -> list[str]:
+    """Return the registered losses that need image and text rows, the scale and perhaps the bias, and nothing else."""
+    found = []
+    for name in (m.name for m in methods("losses")):
+        known = inspect.signature(get_method(name, "losses")).parameters
+        needed = {k for k, p in known.items() if p.default is p.empty}
+        if {"image", "text", "scale"} <= set(known) and needed <= {"image", "text", "scale", "bias"}:
+            found.append(name)
+    return found
 
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:
