@@ -169,6 +169,13 @@ STAGED: dict[str, tuple[Callable[[], Any], float, dict[str, Any]]] = {
     "clip_refine": (refine, 0.8, {"lr": 1e-5, "weight_decay": 0.1, "schedule": "constant", "warmup": 0}),
 }
 
+# what each paper says gets better
+CLAIMS = {
+    "flip": "recall10_name", "laclip": "recall10_title", "veclip": "recall10_keywords", "dreamlip": "recall10_keywords",
+    "improved_baselines": "zeroshot", "slip": "zeroshot", "a_clip": "zeroshot", "a_clip_masks": "zeroshot",
+    "cloob": "zeroshot", "m2_mix": "recall10_name", "metaclip": "zeroshot", "clip_refine": "gap",
+}  # fmt: skip
+
 
 def curated(items: list[Item], t: float | None, seed: int) -> list[Item]:
     """The raw pool, whole or balanced against the words of the class of things that nouns of its own titles name."""
@@ -264,6 +271,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         own = [r for r in runs if r["recipe"] == name]
         base = "plain_raw" if name in CURATED else "plain"
         entry: dict[str, Any] = {"seeds": len(own), "baseline": base}
+        if name in CLAIMS:
+            entry["claim"] = CLAIMS[name]
+            pairs = [(r[CLAIMS[name]], by[base, r["seed"]][CLAIMS[name]]) for r in own if (base, r["seed"]) in by]
+            entry["shows"] = verdict([b - a if CLAIMS[name] == "gap" else a - b for a, b in pairs])
         for key in measured:
             values = [r[key] for r in own]
             paired = [r[key] - by[base, r["seed"]][key] for r in own if (base, r["seed"]) in by]
@@ -272,11 +283,19 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def verdict(gains: list[float]) -> str:
+    """Whether a claim shows: "yes" or "reversed" if all seeds agree and the mean exceeds the spread, else "no"."""
+    if len(gains) < 3:
+        return "too few seeds"
+    clear = abs(statistics.fmean(gains)) > statistics.stdev(gains) and len({g > 0 for g in gains}) == 1
+    return ("yes" if gains[0] > 0 else "reversed") if clear else "no"
+
+
 def table(found: dict[str, Any]) -> str:
     """The summary as Markdown: means, and in brackets the gain over the baseline seed by seed, +- its spread."""
     columns = {"recall10_name": "names", "recall10_title": "titles", "recall10_keywords": "keywords",
                "zeroshot": "zero-shot", "gap": "gap"}  # fmt: skip
-    lines = [f"| recipe | seeds | {' | '.join(columns.values())} |", "|---" * (2 + len(columns)) + "|"]
+    lines = [f"| recipe | seeds | {' | '.join(columns.values())} | claim shows |", "|---" * (3 + len(columns)) + "|"]
     for name, entry in found.items():
         cells = []
         for key in columns:
@@ -286,7 +305,8 @@ def table(found: dict[str, Any]) -> str:
                 spread = "" if value["gain_sd"] is None else f" +- {value['gain_sd']:.{digits}f}"
                 cell += f" ({value['gain']:+.{digits}f}{spread})"
             cells.append(cell)
-        lines.append(f"| {name} | {entry['seeds']} | {' | '.join(cells)} |")
+        said = f"{columns[entry['claim']]}: {entry['shows']}" if "claim" in entry else ""
+        lines.append(f"| {name} | {entry['seeds']} | {' | '.join(cells)} | {said} |")
     return "\n".join(lines)
 
 
