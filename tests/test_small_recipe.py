@@ -174,6 +174,7 @@ def test_a_changed_package_is_not_opened_and_paths_stay_inside(script, tmp_path,
         next(sources.Source("npm", "made", "1", "0" * 64).read(tmp_path))
     plan = sets.Set(lambda read: ((path, content, ["x"]) for path, content in read()), (), "", "")
     monkeypatch.setitem(sets.SETS, "made", plan)
-    sets.build("made", tmp_path / "corpus" / "made", lambda: sources.from_tar(package.open("rb")))
+    with tarfile.open(package) as archive:
+        sets.build("made", tmp_path / "corpus" / "made", lambda: sources.from_tar(archive))
     assert (tmp_path / "corpus/made/pairs.tsv").read_text() == "in.jpg\tx\n"
     assert not (tmp_path / "corpus" / "out.jpg").exists()

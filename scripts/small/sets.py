@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageOps
 from sources import SOURCES
 
 SIDE = 256  # longer shorter sides are shrunk to this
-MOST_PIXELS = 120_000_000
+Image.MAX_IMAGE_PIXELS = 60_000_000  # Pillow warns above that, and refuses twice as much
 Row = tuple[str, bytes, list[str]]  # path within the set, content, texts
 Read = Callable[..., Iterator[tuple[str, bytes]]]  # read(source, folder or file, ...) gives (path, content)
 Lay = Callable[[Read], Iterator[Row]]
@@ -67,11 +67,13 @@ def grocery(folder: str, read: Read) -> list[str]:
 def fruits(read: Read) -> Iterator[Row]:
     """One in six pictures of every fruit on the turntable."""
     seen: Counter[str] = Counter()
+    rows = []
     for path, content in read("fruits", "Training"):
         folder, file = path.split("/")[1:]
         seen[folder] += 1
         if seen[folder] % 6 == 0:
-            yield f"{folder}/{file}", content, [re.sub(r" \d+$", "", folder).lower()]
+            rows.append((f"{folder}/{file}", content, [re.sub(r" \d+$", "", folder).lower()]))
+    yield from sorted(rows, key=lambda row: row[0].split("/")[0])
 
 
 def flickr8k(read: Read) -> Iterator[Row]:
@@ -130,7 +132,7 @@ def openclipart(read: Read) -> Iterator[Row]:
     base = "usr/share/openclipart/"
     about = {path.removeprefix(f"{base}svg/")[:-4]: content[:400_000].decode("utf-8", "replace")
              for path, content in read("clipart-svg", f"{base}svg/") if path.endswith(".svg")}  # fmt: skip
-    for path, content in read("clipart-png", f"{base}png/"):
+    for path, content in sorted(read("clipart-png", f"{base}png/")):
         path = path.removeprefix(f"{base}png/")
         svg = about.get(path[:-4], "")
         patterns = ("<dc:title>([^<]*)</dc:title>", "<dc:description[^>]*>([^<]*)<", "<dc:subject>(.*?)</dc:subject>")
@@ -197,7 +199,7 @@ def save(content: bytes, target: Path) -> bool:
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "GIF", "WEBP", "BMP")) as image:
             short, long = sorted(image.size)
-            if short < 32 or long > 4 * short or short * long > MOST_PIXELS:
+            if short < 32 or long > 4 * short:
                 return False
             fits = (image.format, target.suffix) in {("PNG", ".png"), ("JPEG", ".jpg"), ("JPEG", ".JPEG")}
             as_it_is = fits and short <= SIDE and image.mode in ("RGB", "L") and image.getexif().get(274, 1) == 1
@@ -227,7 +229,6 @@ def build(name: str, folder: Path, read: Read) -> None:
         inside = not path.startswith("/") and ".." not in path.split("/")
         if inside and texts and save(content, folder / path):
             rows.append((path, texts))
-    rows.sort(key=lambda row: os.path.dirname(row[0]))
     lines = [f"{path}\t{' '.join(text.split())}\n" for path, texts in rows for text in texts]
     sources = ", ".join(f"{SOURCES[key].name} {SOURCES[key].version}" for key in plan.sources)
     about = f"# {name}\n\n- Source: {sources}\n- Licence: {plan.licence}\n- Content: {plan.taken}\n"

