@@ -39,5 +39,5 @@ def assert_sklearn_accepts(head):
     results = check_estimator(head, on_fail=None, on_skip=None)
     assert len(results) > 40
     failed = {r["check_name"]: str(r["exception"])[:200] for r in results if r["status"] == "failed"}
-    assert not failed
+    assert not failed, failed
     assert {r["check_name"] for r in results if r["status"] == "skipped"} <= SKIPPED

@@ -48,15 +48,13 @@ class Shots:
         """Number of every row's image: rows of one class and group share it."""
         return np.unique(np.stack([self.y, self.groups]), axis=1, return_inverse=True)[1].reshape(-1)
 
-    def splits(self, folds: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Training vectors and classes, held-out vectors and classes: the validation images, or one per fold."""
+    def splits(self, folds: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Rows to train on, vectors and class numbers to choose on: the validation images, or one split per fold."""
         if self.validation is not None:
-            return [(self.x, self.y, *self.validation)]
+            return [(np.arange(len(self.y)), *self.validation)]
         fold = fold_numbers(self.y, self.groups, folds)
-        return [
-            (self.x[fold != k], self.y[fold != k], self.x[fold == k], self.y[fold == k])
-            for k in range(folds) if (fold == k).any()
-        ]  # fmt: skip
+        parts = ((np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(folds))
+        return [(train, self.x[held], self.y[held]) for train, held in parts if len(held)]
 
 
 class Head(ClassifierMixin, BaseEstimator):
@@ -132,9 +130,10 @@ class Head(ClassifierMixin, BaseEstimator):
             raise ClipworksError(f"validation must have one label per row ({len(x)}). Got shape {y.shape}.")
         return x, class_numbers("validation", y, self.classes_)
 
-    def _choice(self, x: np.ndarray, y: np.ndarray) -> Choice:
-        """An empty choice on held-out images: their vectors and class numbers."""
-        zero = None if self.text_ is None else zero_shot(x, self.text_)
+    def _choice(self, *held: tuple[np.ndarray, np.ndarray]) -> Choice:
+        """An empty choice on held-out images: pairs of vectors and class numbers."""
+        y = np.concatenate([own for _, own in held]) if held else np.zeros(0, int)
+        zero = None if self.text_ is None or not held else zero_shot(np.concatenate([x for x, _ in held]), self.text_)
         return Choice(y, zero, ALPHAS if self.alpha is None else (self.alpha,))
 
     def _take(self, choice: Choice) -> None:
@@ -160,13 +159,16 @@ class Choice:
         self.alpha, self.accuracy = 1.0, -1.0
         self.logits: np.ndarray | None = None
 
-    def offer(self, setting: Any, scores: np.ndarray) -> None:
-        """Try a setting that gives the held-out images these scores (m, C)."""
+    def offer(self, setting: Any, scores: np.ndarray) -> float:
+        """Try a setting that gives the held-out images these scores (m, C); returns its accuracy at its best weight."""
+        best = -1.0
         for alpha in self.alphas if len(self.y) else ():
             logits = scores if self.zero is None else self.zero + alpha * scores
             accuracy = float(np.mean(logits.argmax(1) == self.y))
+            best = max(best, accuracy)
             if accuracy > self.accuracy:
                 self.setting, self.alpha, self.accuracy, self.logits = setting, alpha, accuracy, logits
+        return best
 
 
 def fit_temperature(logits: np.ndarray, y: np.ndarray) -> float:
@@ -291,11 +293,13 @@ def class_numbers(argument: str, y: np.ndarray, classes: np.ndarray) -> np.ndarr
                              f"Got {label!r}.{closest(label, known)}") from None  # fmt: skip
 
 
-def check_vectors(head: BaseEstimator, x: Any, y: Any = None, fit: bool = False) -> Any:
+def check_vectors(head: BaseEstimator, x: Any, y: Any = None, fit: bool = False, labelled: bool = True) -> Any:
     """Return x as finite float64 (n, dim) (and y in `fit`), checked as scikit-learn does; errors are ours."""
     try:
         if not fit:
             return validate_data(head, as_array(x), dtype=np.float64, reset=False)
+        if not labelled:
+            return validate_data(head, as_array(x), dtype=np.float64, ensure_min_samples=2)
         x, y = validate_data(head, as_array(x), y, dtype=np.float64, ensure_min_samples=2)
         check_classification_targets(y)
         return x, y

@@ -80,11 +80,11 @@ class NearestMean(Head):
         self.means_ = sums / count[:, None]
         if shots.validation is not None:
             held, own = shots.validation
-            choice = self._choice(held, own)
+            choice = self._choice((held, own))
             choice.offer(None, self._scores(held))
         else:
             rows = np.flatnonzero(shots.testable)
-            choice = self._choice(shots.x[rows], shots.y[rows])
+            choice = self._choice((shots.x[rows], shots.y[rows]))
             choice.offer(None, self._left_out(shots, sums, count)[rows])
         self._take(choice)
         return self

@@ -92,13 +92,13 @@ class Ridge(Head):
         path = Path.of(shots)
         if shots.validation is not None:
             held, own = shots.validation
-            choice = self._choice(held, own)
+            choice = self._choice((held, own))
             inside = (held - path.mean) @ path.v
             for strength in strengths:
                 choice.offer(strength, inside @ path.weights(strength) + path.target_mean)
         else:
             rows = np.flatnonzero(shots.testable)
-            choice = self._choice(shots.x[rows], shots.y[rows])
+            choice = self._choice((shots.x[rows], shots.y[rows]))
             for strength in strengths if len(rows) else ():
                 choice.offer(strength, path.left_out(strength)[rows])
         self.strength_ = strengths[0] if len(strengths) == 1 else choice.setting or 1.0
