@@ -89,13 +89,14 @@ def thumbnails(source: Path | np.ndarray) -> list[np.ndarray]:
     """Return the thumbnails of a picture, whole and central square, each centred and of length 1."""
     with Image.open(source) if isinstance(source, Path) else Image.fromarray(source) as image:
         if image.format == "JPEG":
-            image.draft("L", (2 * SIDE, 2 * SIDE))  # decodes at a fraction of the size
+            image.draft("L", (4 * SIDE, 4 * SIDE))  # decodes at a fraction of the size
         grey = image.convert("L")
     width, height = grey.size
     short = min(width, height)
     left, top = (width - short) / 2, (height - short) / 2
     boxes = [(0, 0, width, height), (left, top, left + short, top + short)][: 1 + (width != height)]
-    small = [np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX, box=box), np.float32).ravel() for box in boxes]
+    overlapping = Image.Resampling.BILINEAR  # windows of two cells: with BOX, a shift by half a cell hides a copy
+    small = [np.asarray(grey.resize((SIDE, SIDE), overlapping, box=box), np.float32).ravel() for box in boxes]
     centred = [values - values.mean() for values in small]
     return [values / np.linalg.norm(values) for values in centred if np.linalg.norm(values) > FLAT * SIDE]
 

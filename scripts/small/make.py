@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from corpus import PLANS, plan_views, read_pairs
 from languages import main as train_languages
+from safetensors.torch import load_file, save_file
 from texts import TEMPLATES, sentences, teacher_vectors, write
 from towers import start
 from train_image import Tables
@@ -68,20 +69,28 @@ def make_texts(corpus: Path, parts: Path, work: Path) -> None:
     write(found, teacher_vectors(found, parts / "mpnet"), work / "texts")
 
 
+def released(parts: Path) -> tuple[EfficientNetLiteStem, torch.nn.Linear]:
+    """Return EfficientNet-Lite2 as a stem, and its ImageNet classifier."""
+    state = torch.load(parts / "efficientnet-lite2.pth", weights_only=True)
+    stem, classifier = EfficientNetLiteStem(384, "lite2"), torch.nn.Linear(1280, 1000)
+    stem.read(state)
+    classifier.load_state_dict({"weight": state["_fc.weight"], "bias": state["_fc.bias"]})
+    return stem, classifier
+
+
 def make_views(corpus: Path, parts: Path, work: Path) -> None:
     """Take every view through the frozen half of the image tower and through the ImageNet classifier."""
-    released = torch.load(parts / "efficientnet-lite2.pth", weights_only=True)
-    stem, classifier = EfficientNetLiteStem(384, "lite2"), torch.nn.Linear(1280, 1000)
-    stem.read(released)
-    classifier.load_state_dict({"weight": released["_fc.weight"], "bias": released["_fc.bias"]})
-    build(plan_views(corpus), corpus, stem, classifier, work / "views")
+    build(plan_views(corpus), corpus, *released(parts), work / "views")
 
 
-def tables(corpus: Path, parts: Path, encoder: Encoder) -> Tables:
+def tables(corpus: Path, parts: Path, encoder: Encoder, cache: Path) -> Tables:
     """Return what the text tower says of names (mean over the templates) and of captions."""
     names, imagenet, captions = words(corpus, parts, most=5)
-    rows = class_vectors(names, encoder, templates=TEMPLATES)
-    return Tables(names, imagenet, rows, captions, encoder.texts(captions))
+    if not cache.exists():
+        rows = {"names": class_vectors(names, encoder, templates=TEMPLATES), "captions": encoder.texts(captions)}
+        save_file(rows, cache)
+    rows = load_file(cache)
+    return Tables(names, imagenet, rows["names"], captions, rows["captions"])
 
 
 def finish(encoder: Encoder, out: Path) -> Path:
@@ -100,7 +109,7 @@ def main() -> None:
     parser.add_argument("parts", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", choices=STEPS, nargs="+", default=STEPS, help="steps to run")
-    parser.add_argument("--image-epochs", type=float, default=1.75, help="of the image tower, over all views")
+    parser.add_argument("--image-epochs", type=float, default=1.4, help="of the image tower, over all views")
     parser.add_argument("--text-epochs", type=float, default=1.3, help="of the text tower")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--device", choices=("auto", "cpu"), default="cpu")
@@ -114,9 +123,11 @@ def main() -> None:
         encoder = start(parts / "efficientnet-lite2.pth", parts / "minilm")
         train_text(encoder, work / "texts", work / "text", epochs=options.text_epochs, **shared)
     if "image" in options.only:
-        encoder = load(work / "text" / "model.safetensors")
-        train_image(encoder, work / "views", tables(corpus, parts, encoder), work / "image",
-                    epochs=options.image_epochs, batch_size=options.batch_size, **shared)  # fmt: skip
+        encoder = start(parts / "efficientnet-lite2.pth", parts / "minilm")
+        encoder.text.load_state_dict(load(work / "text" / "model.safetensors").text.state_dict())
+        known = tables(corpus, parts, encoder, work / "tables.safetensors")
+        train_image(encoder, work / "views", known, released(parts)[1], work / "image", epochs=options.image_epochs,
+                    batch_size=options.batch_size, **shared)  # fmt: skip
     if "languages" in options.only:
         encoder = load(work / "image" / "ema.safetensors")
         train_languages(encoder, parts, work / "texts", work / "languages", **shared)

@@ -1,7 +1,8 @@
 """How `clipworks-small` is put together: released parts as the start of both towers, everything else so that the whole
 begins as something sensible.
 
-Image tower: EfficientNet-Lite2 as the stem of a small transformer with a class token. Text tower: MiniLM-L6. Both lead
+Image tower: EfficientNet-Lite2 as the stem of a small transformer with a class token, and its ImageNet classifier as a
+memory, whose values are the vectors of the class names. Text tower: MiniLM-L6. Both lead
 into a space of 512 dimensions.
 """
 
@@ -24,7 +25,7 @@ MEAN, STD = 127 / 255, 128 / 255  # with which EfficientNet-Lite was trained
 def config(size: int = SIZE) -> EncoderConfig:
     """Shapes of both towers."""
     vision = VisionConfig(image_size=size, patch_size=32, width=384, layers=3, heads=6, mlp_width=1536,
-                          activation="gelu", stem="efficientnet-lite2")  # fmt: skip
+                          activation="gelu", stem="efficientnet-lite2", memory=1000)  # fmt: skip
     text = TextConfig(vocab_size=30522, context_length=CONTEXT, width=384, layers=6, heads=12, mlp_width=1536,
                       activation="gelu", causal=False, pool="mean", norm_order="post", embedding_norm=True,
                       norm_final=False, projection_bias=True, tokenizer="tokenizer.json", eot_id=102, pad_id=0,
@@ -74,8 +75,8 @@ def begin_as_mean(encoder: Encoder) -> None:
     """Let the class token begin as the mean of all tokens, and every block as the identity otherwise.
 
     The first block's class token attends evenly (its query is zero) and copies; the other residual branches end in
-    zeros. So the tower begins as a linear map of the stem's mean features, which `fit_linear` then fits, and training
-    departs from there instead of from noise.
+    zeros. So the tower begins as a linear map of the stem's mean features, which `train_image.fit` then fits, and
+    training departs from there instead of from noise.
     """
     visual = encoder.visual
     visual.class_token.zero_()

@@ -101,48 +101,52 @@ class PlaceRecipe:
 
 
 @torch.no_grad()
-def fit_linear(encoder: Encoder, recipe: PlaceRecipe, most: int = 6000) -> None:
-    """Fit both linear maps of the image tower in closed form, so that training begins where regression ends.
+def fit(encoder: Encoder, recipe: PlaceRecipe, classifier: torch.nn.Linear, most: int = 6000) -> None:
+    """Begin where closed forms end: the classifier as memory, and a linear map for what the memory does not say.
 
-    The first keeps the 384 directions of the stem's 1280 channels that tell most of the text vectors (reduced-rank
-    ridge), the second leads from there to the text vectors.
+    The stem's 1280 channels become the 384 directions in which the classifier's answers vary most on these images; the
+    memory's keys are its weights there, its values the vectors of the class names about their mean. The projection is a
+    ridge regression of what is then missing to the vectors of names and captions.
     """
-    visual, tables = encoder.visual.eval(), recipe.tables
-    chosen = [i for i in range(most) if recipe.views[i].named or recipe.views[i].photo]
-    target = torch.empty(len(chosen), tables.names.shape[1])
-    for row, i in enumerate(chosen):
-        view = recipe.views[i]
-        probable = torch.from_numpy(recipe.teacher[i].astype(np.float32)).softmax(0)
-        said = F.normalize(probable @ tables.imagenet, dim=0)
-        target[row] = tables.names[tables.name_place[view.texts[0]]] if view.named else said
-    maps = [torch.from_numpy(recipe.maps[chosen[i : i + 64]].astype(np.float32)).permute(0, 3, 1, 2)
-            for i in range(0, len(chosen), 64)]  # fmt: skip
-    stem = visual.stem
-    features = torch.cat([stem.head(stem.body[stem.middle :](x)).mean((2, 3)) for x in maps])
-    mean = features.mean(0)
-    weight = ridge(features - mean, target - target.mean(0), 1e-2)
-    left, strength, _ = torch.linalg.svd(weight, full_matrices=False)
+    visual, tables, stem = encoder.visual.eval(), recipe.tables, encoder.visual.stem
+    chosen = range(min(most, len(recipe.views)))
+    maps = [torch.from_numpy(recipe.maps[i : i + 64].astype(np.float32)).permute(0, 3, 1, 2) for i in chosen[::64]]
+    features = torch.cat([stem.head(stem.body[stem.middle :](x)).mean((2, 3)) for x in maps]).double()
+    mean, weight = features.mean(0), classifier.weight.double()
+    spread = torch.cov(features.T)
+    spread += 1e-3 * spread.diagonal().mean() * torch.eye(len(spread), dtype=spread.dtype)
+    root = torch.linalg.cholesky(spread)
+    left, strength, right = torch.linalg.svd((weight - weight.mean(0)) @ root, full_matrices=False)
     width = len(visual.class_token)
-    basis = left[:, :width] * strength[:width]
-    basis = basis / ((features - mean) @ basis).std()
+    basis = torch.linalg.solve_triangular(root.T, right[:width].T, upper=True)
     stem.projection.weight.copy_(basis.T[:, :, None, None])
     stem.projection.bias.copy_(-mean @ basis)
+    visual.memory.keys.weight.copy_(left[:, :width] * strength[:width])
+    visual.memory.keys.bias.copy_(weight @ mean + classifier.bias.double())
+    visual.memory.values.weight.copy_((tables.imagenet - tables.imagenet.mean(0)).T)
+    known, target = [], []
+    for i, view in enumerate(recipe.views[: len(features)]):
+        table, place = (tables.names, tables.name_place) if view.named else (tables.captions, tables.caption_place)
+        if view.texts[0] in place:
+            known.append(i)
+            target.append(table[place[view.texts[0]]])
+    visual.projection.weight.zero_()
+    recalled = torch.cat([encoder.encode_image(x, normalize=False) for x in maps])[known]
     visual.projection.weight.copy_(torch.eye(*visual.projection.weight.shape))
-    pooled = torch.cat([encoder.encode_image(x, normalize=False)[:, :width] for x in maps])
-    visual.projection.weight.copy_(ridge(pooled, target, 1e-3).T)
+    pooled = torch.cat([encoder.encode_image(x, normalize=False) for x in maps])[known] - recalled
+    visual.projection.weight.copy_(ridge(pooled[:, :width], torch.stack(target) - recalled, 1e-2).T)
 
 
 def main(
-    encoder: Encoder, folder: Path, tables: Tables, out: Path, *, weights: Sequence[float] = (1.0, 1.0, 1.0),
-    epochs: float = 1.75, batch_size: int = 256, fit: bool = True, **options: Any,
+    encoder: Encoder, folder: Path, tables: Tables, classifier: torch.nn.Linear, out: Path, *,
+    weights: Sequence[float] = (1.0, 1.0, 1.0), epochs: float = 1.4, batch_size: int = 256, **options: Any,
 ) -> TrainReport:  # fmt: skip
-    """Train the image tower above the middle of its stem; the text tower stays. Options are those of `train`."""
-    usual = {"lr": 1e-3, "weight_decay": 0.05, "warmup": 50, "layer_decay": 0.65, "ema": 0.995, "save_every": 100}
+    """Train the image tower above the middle of its stem; text tower and memory stay. Options are those of `train`."""
+    usual = {"lr": 8e-4, "weight_decay": 0.05, "warmup": 50, "layer_decay": 0.6, "ema": 0.995, "save_every": 100}
     views = [View(**view) for view in json.loads((folder / "views.json").read_text(encoding="utf-8"))]
     recipe = PlaceRecipe(views, folder, tables, weights)
-    if fit:
-        fit_linear(encoder, recipe)
-    still = ["text.*"] + [f"visual.stem.body.{i}.*" for i in range(encoder.visual.stem.middle)]
+    fit(encoder, recipe, classifier)
+    still = ["text.*", "visual.memory.*"] + [f"visual.stem.body.{i}.*" for i in range(encoder.visual.stem.middle)]
     items = [(str(i), "-") for i in range(len(views))]
     usual["steps"] = round(epochs * len(items) / batch_size)
     return train(items, encoder, out=out, recipe=recipe, freeze=still, clip=1.0,

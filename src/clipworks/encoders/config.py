@@ -69,6 +69,7 @@ class VisionConfig(_Config):
     patch_bias : whether the patch projection has a bias
     norm_eps : epsilon of the layer norms
     projection : whether a linear map without bias leads into the joint space
+    memory : pairs of a table that the whole image looks up besides (0: no table), see `vit.Memory`; ViT only
     """
 
     kind: str = "vit"
@@ -87,8 +88,10 @@ class VisionConfig(_Config):
     patch_bias: bool = False
     norm_eps: float = 1e-5
     projection: bool = True
+    memory: int = 0
 
     def __post_init__(self) -> None:
+        check_range("vision.memory", self.memory, 0)
         check_choice("vision.kind", self.kind, ("vit", "resnet"))
         check_choice("vision.activation", self.activation, ACTIVATIONS)
         check_choice("vision.pool", self.pool, ("class", "attention", "mean"))

@@ -33,6 +33,29 @@ class AttentionPool(nn.Module):
         return (y + self.mlp(self.norm(y)))[:, 0], weights
 
 
+class Memory(nn.Module):
+    """A table of known things: softmax(keys(x)) weighs one vector per thing, and the sum is added to the image's vector.
+
+    With a classifier's weights as keys and the vectors of its class names as values this is ConSE (Norouzi et al.
+    2014, Zero-Shot Learning by Convex Combination of Semantic Embeddings). What is recognised speaks; what is not does not,
+    as the mean of many unlike vectors is short.
+
+    Parameters
+    ----------
+    width : channels of a token
+    pairs : number of things
+    dim : dimensions of the joint space
+    """
+
+    def __init__(self, width: int, pairs: int, dim: int):
+        super().__init__()
+        self.keys, self.values = nn.Linear(width, pairs), nn.Linear(pairs, dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, width), the mean of the stem's tokens, to (B, dim)."""
+        return self.values(self.keys(x).softmax(-1))
+
+
 class VisionTransformer(nn.Module):
     """Image tower.
 
@@ -58,6 +81,7 @@ class VisionTransformer(nn.Module):
         self.norm_post = nn.LayerNorm(width, eps) if config.norm_post else nn.Identity()
         self.pool = AttentionPool(config) if config.pool == "attention" else None
         self.projection = nn.Linear(width, dim, bias=False) if config.projection else nn.Identity()
+        self.memory = Memory(width, config.memory, dim) if config.memory else None
 
     def forward(self, pixels: torch.Tensor, **seams) -> torch.Tensor:
         """(B, 3, H, W) to (B, dim), not normalised; `seams` as in `run`."""
@@ -100,6 +124,7 @@ class VisionTransformer(nn.Module):
         x = self.stem(pixels)
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2).contiguous()
+        recalled = None if self.memory is None else self.memory(_seen(x, keep, mask))
         table = self._table(self.positions if positions is None else positions, x.shape[1], grid).to(x.dtype)
         x = x + table[self.head :]
         if mask is not None:
@@ -132,7 +157,8 @@ class VisionTransformer(nn.Module):
             pooled = self.norm_post(x[:, 0])
         else:
             pooled = masked_mean(self.norm_post(x[:, prefix:]), None if mask is None else mask[:, prefix:])
-        return TowerOutput(self.projection(pooled), x, layers, maps, prefix,
+        pooled = self.projection(pooled)
+        return TowerOutput(pooled if recalled is None else pooled + recalled, x, layers, maps, prefix,
                            grid if keep is None else None, self.class_token is not None)  # fmt: skip
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -157,6 +183,16 @@ class VisionTransformer(nn.Module):
         if table.shape[0] == self.head + cells and (grid == self.grid or table is not self.positions):
             return table
         return resize_positions(table, self.grid, grid)
+
+
+def _seen(x: torch.Tensor, keep: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean (B, width) of the stem's tokens that are kept and not hidden."""
+    mask = None if mask is None else check_mask(mask, x)
+    if keep is not None:
+        _check_keep(keep, x)
+        x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+        mask = None if mask is None else mask.gather(1, keep)
+    return masked_mean(x, mask)
 
 
 def _check_keep(keep: torch.Tensor, x: torch.Tensor) -> None:
