@@ -34,11 +34,11 @@ class AttentionPool(nn.Module):
 
 
 class Memory(nn.Module):
-    """A table of known things: softmax(keys(x)) weighs one vector per thing, and the sum is added to the image's vector.
+    """A table of known things: softmax(keys(x)) weighs a vector per thing; their sum is added to the image's vector.
 
     With a classifier's weights as keys and the vectors of its class names as values this is ConSE (Norouzi et al.
-    2014, Zero-Shot Learning by Convex Combination of Semantic Embeddings). What is recognised speaks; what is not does not,
-    as the mean of many unlike vectors is short.
+    2014, Zero-Shot Learning by Convex Combination of Semantic Embeddings). What is recognised speaks; what is not
+    does not, as the mean of many unlike vectors is short.
 
     Parameters
     ----------
