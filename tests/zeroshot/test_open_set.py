@@ -85,6 +85,7 @@ def test_p_values_count():
     s, new = fitted.score_samples(IMAGES), rows(30, 7)
     expected = [(1 + sum(s <= v)) / 201 for v in fitted.score_samples(new)]
     np.testing.assert_allclose(fitted.p_values(new), expected)
+    np.testing.assert_allclose(np.sort(fitted.p_values(IMAGES)), np.arange(2, 202) / 201)  # a fitted one counts itself
 
 
 @pytest.fixture(scope="module")
