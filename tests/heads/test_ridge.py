@@ -61,7 +61,7 @@ def test_strength_weight_and_temperature_are_the_best_on_images_left_out():
     best = (-1.0, None)
     for strength in sorted(STRENGTHS, reverse=True):
         scores = left_out(x, y, np.arange(len(y)), strength, 6)
-        for alpha in ALPHAS:
+        for alpha in 100 * np.array(ALPHAS):
             logits = zero + alpha * scores
             if np.mean(logits.argmax(1) == y) > best[0]:
                 best = (np.mean(logits.argmax(1) == y), strength, alpha, logits)
@@ -98,6 +98,12 @@ def test_limits_of_the_strength():
     np.testing.assert_allclose(strong.logits(x), 1 / 6, atol=1e-6)  # nothing but the share of each class
     means = np.stack([x[y == c].mean(0) for c in range(6)]) - x.mean(0)
     np.testing.assert_allclose(1e9 * strong.coef_, 2 * means, atol=1e-6)
+
+
+def test_poor_words_do_not_hold_the_regression_back():
+    x, y, _ = shots(per_class=12)
+    wrong = np.roll(shots()[2], 1, axis=0)
+    assert Ridge(text=wrong).fit(x, y).score(x, y) > 0.95
 
 
 def test_alpha_zero_is_zero_shot():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -63,6 +63,8 @@ class Head(ClassifierMixin, BaseEstimator):
     After `fit`: `classes_` (sorted labels, the order of all columns), `text_` (C, dim) unit rows or None, `alpha_`
     weight of the head beside the zero-shot logits, `temperature_`.
     """
+
+    alphas: ClassVar[tuple[float, ...]] = ALPHAS
 
     text: Any
     alpha: float | None
@@ -134,7 +136,7 @@ class Head(ClassifierMixin, BaseEstimator):
         """An empty choice on held-out images: pairs of vectors and class numbers."""
         y = np.concatenate([own for _, own in held]) if held else np.zeros(0, int)
         zero = None if self.text_ is None or not held else zero_shot(np.concatenate([x for x, _ in held]), self.text_)
-        return Choice(y, zero, ALPHAS if self.alpha is None else (self.alpha,))
+        return Choice(y, zero, self.alphas if self.alpha is None else (self.alpha,))
 
     def _take(self, choice: Choice) -> None:
         """Set `alpha_` and `temperature_` from a choice; 1 where nothing could be held out."""

@@ -27,7 +27,7 @@ from scipy.linalg import eigh
 
 from ..errors import ClipworksError, check_range
 from ..registry import method
-from .common import Head, Shots, one_hot
+from .common import ALPHAS, SCALE, Head, Shots, one_hot
 
 STRENGTHS = tuple(float(10 ** (k / 2)) for k in range(-6, 7))
 
@@ -39,7 +39,7 @@ class Ridge(Head):
     Parameters
     ----------
     text : class-word vectors (C, dim), or `Features` of them whose labels name the classes; adds zero-shot logits
-    alpha : weight of the regression beside the words; default: the best of 1e-4 ... 100 on images left out
+    alpha : weight of the regression beside the words; default: the best of 0.01 ... 1e4 on images left out
     strength : penalty on the squared weights; default: the best of `strengths` on images left out
     strengths : penalties to try; among equals the strongest is taken (1e-3 to 1e3 in half decades)
 
@@ -67,6 +67,8 @@ class Ridge(Head):
     >>> Ridge().fit(x, ["cat", "cat", "dog", "dog"]).predict([[0.8, 0.3]])
     array(['cat'], dtype='<U3')
     """
+
+    alphas = tuple(SCALE * a for a in ALPHAS)  # its scores lie in [0, 1], zero-shot logits in [-SCALE, SCALE]
 
     def __init__(
         self,
