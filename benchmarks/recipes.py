@@ -328,12 +328,15 @@ def spread(values: list[float]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=Path, required=True)
+    parser.add_argument("--pairs", type=Path, help="folder of the unpacked packages; without it nothing is measured")
     parser.add_argument("--work", type=Path, default=Path("recipes-work"))
     parser.add_argument("--steps", type=int, default=160, help="of plain CLIP; all others get the same operations")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*")
     given = parser.parse_args()
+    if given.pairs is None:
+        print("recipes: --pairs is not given, so nothing is measured (the two lines above the command fetch them).")
+        return
     given.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     pairs = read_pairs(given.pairs, given.work)
