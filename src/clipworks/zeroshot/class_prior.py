@@ -162,8 +162,8 @@ def _estimate(logits: np.ndarray, rounds: int = 2000, tolerance: float = 1e-8) -
     likely = softmax(logits)
     shares = np.full(logits.shape[1], 1 / logits.shape[1])
     for _ in range(rounds):
-        weights = likely * shares
-        last, shares = shares, (weights / np.maximum(weights.sum(1, keepdims=True), 1e-300)).mean(0)
+        inverse = 1 / np.maximum(likely @ shares, 1e-300)  # mean of likely * shares / its sum, as two products
+        last, shares = shares, shares * (likely.T @ inverse) / len(likely)
         if np.abs(shares - last).max() < tolerance:
             break
     return shares / shares.sum()
