@@ -65,7 +65,7 @@ def measure(encoder: Encoder, names: dict[str, dict[int, str]], imagenet: Sequen
 
 
 def main(
-    encoder: Encoder, parts: Path, texts: Path, out: Path, *, rehearsal: int = 30000, batch_size: int = 192,
+    encoder: Encoder, parts: Path, texts: Path, out: Path, *, rehearsal: int = 15000, batch_size: int = 192,
     lr: float = 1e-4, **options: Any,
 ) -> Encoder:  # fmt: skip
     """Go on training the text tower with translated names; the image tower stays."""

@@ -19,8 +19,11 @@ hours; `--device auto` trains on a GPU where there is one. Step by step:
     views    the images through the frozen half of the image tower, once   (corpus.py, views.py)
     text     the text tower learns from the sentence model                 (train_text.py)
     image    the image tower learns from names, captions, the classifier   (train_image.py)
-    languages  the text tower learns translated names                      (languages.py)
-    finish   eight bits, one file
+    finish   the memory turned up, eight bits, one file
+
+One more step runs only where `--only languages` asks for it, since it cost the bundled model more English than it gave:
+
+    languages  the text tower learns translated names                       (languages.py)
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ from clipworks.encoders.encoder import Encoder
 from clipworks.encoders.loading import load, save
 from clipworks.zeroshot.classifier import class_vectors
 
-STEPS = ("texts", "views", "text", "image", "languages", "finish")
+STEPS = ("texts", "views", "text", "image", "finish", "languages")
 
 
 def words(corpus: Path, parts: Path, most: int = 2) -> tuple[list[str], list[str], list[str]]:
@@ -93,8 +96,15 @@ def tables(corpus: Path, parts: Path, encoder: Encoder, cache: Path) -> Tables:
     return Tables(names, imagenet, rows["names"], captions, rows["captions"])
 
 
-def finish(encoder: Encoder, out: Path) -> Path:
-    """Write one small file and see that it says the same."""
+@torch.no_grad()
+def finish(encoder: Encoder, out: Path, recall: float = 3.0) -> Path:
+    """Turn the memory up, write one small file and see that it says the same.
+
+    What is learned outgrows the memory in training (vectors of length 8 beside 0.6), though the memory alone knows of
+    classes that no training image shows. `recall` multiplies it: of 1 to 5, 3 was best for the sum of the accuracies on
+    validation images of Caltech-101 (CoOp's split: 58.9, from 51.7) and training images of CIFAR-10 (71.6, from 72.4).
+    """
+    encoder.visual.memory.values.weight.mul_(recall)
     save(encoder, out, quantize="int8")
     again = load(out)
     pixels = torch.randn(8, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(0))
@@ -108,7 +118,7 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("parts", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--only", choices=STEPS, nargs="+", default=STEPS, help="steps to run")
+    parser.add_argument("--only", choices=STEPS, nargs="+", default=STEPS[:-1], help="steps to run")
     parser.add_argument("--image-epochs", type=float, default=1.4, help="of the image tower, over all views")
     parser.add_argument("--text-epochs", type=float, default=1.3, help="of the text tower")
     parser.add_argument("--batch-size", type=int, default=256)
@@ -132,7 +142,7 @@ def main() -> None:
         encoder = load(work / "image" / "ema.safetensors")
         train_languages(encoder, parts, work / "texts", work / "languages", **shared)
     if "finish" in options.only:
-        finish(load(work / "languages" / "model.safetensors"), work / "clipworks-small.safetensors")
+        finish(load(work / "image" / "ema.safetensors"), work / "clipworks-small.safetensors")
 
 
 if __name__ == "__main__":
