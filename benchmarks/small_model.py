@@ -35,7 +35,7 @@ def caltech(folder: Path, part: str = "test") -> tuple[list[Any], list[int], lis
     split = json.loads((folder / "split_zhou_Caltech101.json").read_text())
     names = {label: name for rows in split.values() for _, label, name in rows}
     images = [folder / "101_ObjectCategories" / path for path, _, _ in split[part]]
-    return images, [label for _, label, _ in split[part]], [names[i] for i in range(len(names))]
+    return images, [label for _, label, _ in split[part]], [names[i].replace("_", " ") for i in range(len(names))]
 
 
 def folders(folder: Path) -> tuple[list[Any], list[int], list[str]]:
