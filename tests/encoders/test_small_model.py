@@ -58,13 +58,13 @@ def test_loads_without_network_in_the_same_state_each_time(encoder, monkeypatch)
 
 def test_every_seam_of_the_image_tower_works_on_it(encoder):
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    plain = encoder.visual.run(pixels, output_layers=(0, -1), output_attention=(2,))
+    plain = encoder.visual.run(pixels, output_layers=(0, 2), output_attention=(2,))
     assert plain.tokens.shape == (2, 50, 384)
     torch.testing.assert_close(plain.layers[2], plain.tokens)
     assert plain.class_attention(2).shape == (2, 6, 49)
     prompted = encoder.visual.run(pixels, prompts={1: torch.zeros(4, 384)})
     assert prompted.tokens.shape == (2, 54, 384)
-    assert not torch.allclose(encoder.visual.run(pixels, attention={2: "v-v"}).pooled, plain.pooled)
+    assert not torch.allclose(encoder.visual.run(pixels, attention={2: "vv"}).pooled, plain.pooled)
     kept = encoder.visual.run(pixels, keep=torch.arange(49).expand(2, -1))
     torch.testing.assert_close(kept.pooled, plain.pooled, rtol=1e-4, atol=1e-4)
     assert encoder.visual.run(torch.randn(1, 3, 160, 256)).tokens.shape == (1, 1 + 5 * 8, 384)
@@ -87,7 +87,7 @@ def test_caltech_zero_shot(encoder):
 @needs_data
 @pytest.mark.shared_data
 def test_pets_zero_shot(encoder):
-    images, labels, names = thinned(*small_model.pets(SHARED / "pets-600"), per_class=50)
+    images, labels, names = small_model.pets(SHARED / "pets-600")  # all: the breeds differ too much for a part
     assert small_model.accuracy(encoder, images, labels, names)["accuracy"] >= 62
 
 
@@ -116,4 +116,4 @@ def test_cosines_to_the_right_words_are_positive(encoder):
     images, labels, names = thinned(*small_model.caltech(SHARED / "caltech101-128"), per_class=1)
     scores = encoder.images(images) @ class_vectors(names, encoder).T
     right = scores[torch.arange(len(labels)), torch.tensor(labels)]
-    assert right.mean() > scores.mean() + 0.2
+    assert right.mean() > scores.quantile(0.95)

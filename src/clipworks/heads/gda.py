@@ -164,7 +164,8 @@ class GDA(Head):
         named = getattr(text, "labels", None)
         labels = np.arange(len(as_array(text))) if named is None else np.asarray(named)
         new.classes_, words = class_words(text, labels, base.shape[1], fingerprint(x))
-        assert words is not None
+        if words is None:
+            raise ClipworksError("text must hold the vectors of the new classes' words. Got None.")
         new.text, new.text_ = text, None if self.text_ is None else words
         near = np.argsort(-zero_shot(base, words), axis=0, kind="stable")[:neighbours].T  # (C, k)
         k = near.shape[1]
