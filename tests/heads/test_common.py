@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
 from clipworks.errors import ClipworksError
-from clipworks.heads.common import Choice, class_words, fit_temperature, fold_numbers
+from clipworks.heads.common import Choice, Head, Shots, class_words, fit_temperature, fold_numbers
 from clipworks.heads.nearest_mean import NearestMean
 from clipworks.types import Features
 
@@ -175,3 +175,28 @@ def test_scoring_needs_labels():
     x, y, _ = shots()
     with pytest.raises(ClipworksError, match="y must hold one label per row"):
         NearestMean().fit(x, y).score(x)
+
+
+def test_a_head_must_say_what_it_scores_and_may_learn_nothing():
+    with pytest.raises(TypeError, match="_scores"):
+        Head()
+
+    class Words(Head):
+        def __init__(self, text=None, alpha=None):
+            self.text, self.alpha = text, alpha
+
+        def _scores(self, x):
+            return np.zeros((len(x), len(self.classes_)))
+
+    x, y, words = shots()
+    head = Words(text=words).fit(x, y)
+    assert (head.alpha_, head.temperature_) == (1.0, 1.0)
+    np.testing.assert_allclose(head.logits(x), 100 * x @ words.T)
+
+
+def test_held_images_are_those_of_validation_or_every_shot_that_is_not_the_only_one_of_its_class():
+    x, y = np.arange(10.0).reshape(5, 2), np.array([0, 0, 1, 1, 2])
+    held = Shots(x, y, 3, np.array([0, 1, 2, 2, 3])).held  # class 1: two views of one image
+    np.testing.assert_array_equal(held[0], x[:2])
+    np.testing.assert_array_equal(held[1], [0, 0])
+    np.testing.assert_array_equal(Shots(x, y, 3, np.arange(5), validation=(x[4:], y[4:])).held[1], [2])

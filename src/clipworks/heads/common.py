@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -14,6 +15,9 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from ..errors import ClipworksError, check_range, closest
 from ..types import Features
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCALE = 100.0  # zero-shot logits are SCALE * cosine, as in CLIP after training
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)  # weights of a head beside the zero-shot logits, cautious first
@@ -44,6 +48,11 @@ class Shots:
         return fold_numbers(self.y, self.groups, 2) >= 0
 
     @property
+    def held(self) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors and class numbers of the images to choose on: validation, or the rows that can be left out."""
+        return self.validation or (self.x[self.testable], self.y[self.testable])
+
+    @property
     def images(self) -> np.ndarray:
         """Number of every row's image: rows of one class and group share it."""
         return np.unique(np.stack([self.y, self.groups]), axis=1, return_inverse=True)[1].reshape(-1)
@@ -57,14 +66,16 @@ class Shots:
         return [(train, self.x[held], self.y[held]) for train, held in parts if len(held)]
 
 
-class Head(ClassifierMixin, BaseEstimator):
-    """Base of the heads. A head defines `fit` and `_scores`; `text` and `alpha` are settings of every head.
+class Head(ClassifierMixin, BaseEstimator, ABC):
+    """Base of the heads. A head defines `_learn` (or a `fit` of its own) and `_scores`; `text` and `alpha` are settings
+    of every head.
 
     After `fit`: `classes_` (sorted labels, the order of all columns), `text_` (C, dim) unit rows or None, `alpha_`
     weight of the head beside the zero-shot logits, `temperature_`.
     """
 
     alphas: ClassVar[tuple[float, ...]] = ALPHAS
+    unseen: ClassVar[bool] = False  # whether there may be classes without shots, known by their words
 
     text: Any
     alpha: float | None
@@ -72,6 +83,19 @@ class Head(ClassifierMixin, BaseEstimator):
     text_: np.ndarray | None
     alpha_: float
     temperature_: float
+
+    def fit(self, x: Any, y: Any = None, *, groups: Any = None, validation: Any = None) -> Self:
+        """Learn from shots; the settings left open come from shots that are held out, or from `validation`.
+
+        Parameters
+        ----------
+        x : vectors (n, dim), or `Features`; views of an image are rows of their own
+        y : n labels (default: those of the features)
+        groups : n numbers or names; rows that share one are views of one image and are held out together
+        validation : (x, y) or `Features` with labels: choose on these images instead
+        """
+        self._take(self._learn(self._open(x, y, groups, validation, self.unseen)))
+        return self
 
     def logits(self, x: Any) -> np.ndarray:
         """Return uncalibrated logits (n, C): SCALE * cos(x, text) + alpha_ * scores, or the scores without text."""
@@ -95,8 +119,13 @@ class Head(ClassifierMixin, BaseEstimator):
             raise ClipworksError("y must hold one label per row to score against. Got None.")
         return float(np.mean(self.predict(x) == np.asarray(y)))
 
+    def _learn(self, shots: Shots) -> Choice:
+        """Check the settings, learn from shots, return what was chosen on images held out (here: nothing)."""
+        return self._choice()
+
+    @abstractmethod
     def _scores(self, x: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """Return scores (n, C) of checked rows."""
 
     def _sum(self, x: np.ndarray, scores: np.ndarray) -> np.ndarray:
         return scores if self.text_ is None else zero_shot(x, self.text_) + self.alpha_ * scores
@@ -132,10 +161,11 @@ class Head(ClassifierMixin, BaseEstimator):
             raise ClipworksError(f"validation must have one label per row ({len(x)}). Got shape {y.shape}.")
         return x, class_numbers("validation", y, self.classes_)
 
-    def _choice(self, *held: tuple[np.ndarray, np.ndarray]) -> Choice:
-        """An empty choice on held-out images: pairs of vectors and class numbers."""
-        y = np.concatenate([own for _, own in held]) if held else np.zeros(0, int)
-        zero = None if self.text_ is None or not held else zero_shot(np.concatenate([x for x, _ in held]), self.text_)
+    def _choice(self, *held: tuple[np.ndarray, ...]) -> Choice:
+        """An empty choice on held-out images: vectors and class numbers, also as the end of `Shots.splits`."""
+        y = np.concatenate([part[-1] for part in held]) if held else np.zeros(0, int)
+        rows = None if self.text_ is None or not held else np.concatenate([part[-2] for part in held])
+        zero = None if rows is None or self.text_ is None else zero_shot(rows, self.text_)
         return Choice(y, zero, self.alphas if self.alpha is None else (self.alpha,))
 
     def _take(self, choice: Choice) -> None:

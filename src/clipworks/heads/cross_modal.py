@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import check_range
 from ..registry import method
-from .common import Head, unit
+from .common import Choice, Head, Shots, unit
 from .linear_probe import ONE_SHOT_C, Regression, search
 
 
@@ -66,6 +66,8 @@ class CrossModalProbe(Head):
     array([2])
     """
 
+    unseen = True
+
     def __init__(
         self,
         text: Any = None,
@@ -80,21 +82,11 @@ class CrossModalProbe(Head):
         self.text, self.alpha, self.C, self.share = text, alpha, C, share
         self.folds, self.halvings, self.max_iter, self.tol = folds, halvings, max_iter, tol
 
-    def fit(self, x: Any, y: Any = None, *, groups: Any = None, validation: Any = None) -> CrossModalProbe:
-        """Learn from shots and words; C and temperature come from folds of the shots, or from `validation`.
-
-        Parameters
-        ----------
-        x : vectors (n, dim), or `Features`
-        y : n labels (default: those of the features)
-        groups : n numbers or names; rows that share one are views of one image and are left out together
-        validation : (x, y) or `Features` with labels: choose on these images instead
-        """
+    def _learn(self, shots: Shots) -> Choice:
         check_range("folds", self.folds, 2)
         check_range("share", self.share, 0)
         if self.C is not None:
             check_range("C", self.C, 1e-12)
-        shots = self._open(x, y, groups, validation, unseen=True)
         rows, own, words = self._rows(shots.x), shots.y, self.text_
         weight, number = np.ones(len(rows)), len(rows)
         if words is not None and self.share > 0:
@@ -104,14 +96,13 @@ class CrossModalProbe(Head):
             weight = np.append(weight, self.share * number / len(words) + lacking)
         self.text_ = None  # the words are in the weights: nothing is added to the logits
         whole, splits = Regression(rows, own, shots.classes, weight), shots.splits(self.folds)
-        choice = self._choice(*(split[1:] for split in splits))
+        choice = self._choice(*splits)
         always = np.arange(number, len(rows))
         parts = [(whole.part(np.append(part, always)), whole.rotate(self._rows(held))) for part, held, _ in splits]
         search(choice, parts, self.C, self.halvings)
         self.C_ = float(self.C or choice.setting or ONE_SHOT_C)
         self.coef_, self.intercept_, self.n_iter_ = whole.fit(self.C_, self.max_iter, self.tol)
-        self._take(choice)
-        return self
+        return choice
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
         return self._rows(x) @ self.coef_.T + self.intercept_

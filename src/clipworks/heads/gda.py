@@ -28,7 +28,19 @@ import numpy as np
 
 from ..errors import ClipworksError, check_choice, check_range
 from ..registry import method
-from .common import Head, as_array, check_text, check_vectors, class_words, fingerprint, one_hot, softmax, zero_shot
+from .common import (
+    Choice,
+    Head,
+    Shots,
+    as_array,
+    check_text,
+    check_vectors,
+    class_words,
+    fingerprint,
+    one_hot,
+    softmax,
+    zero_shot,
+)
 
 PRIORS = ("uniform", "shots")
 
@@ -79,21 +91,11 @@ class GDA(Head):
     ):
         self.text, self.alpha, self.prior, self.shrink, self.folds = text, alpha, prior, shrink, folds
 
-    def fit(self, x: Any, y: Any = None, *, groups: Any = None, validation: Any = None) -> GDA:
-        """Learn from shots; weight and temperature come from folds of them, or from `validation`.
-
-        Parameters
-        ----------
-        x : vectors (n, dim), or `Features`; views of an image are rows of their own (paper: ten each)
-        y : n labels (default: those of the features)
-        groups : n numbers or names; rows that share one are views of one image and are left out together
-        validation : (x, y) or `Features` with labels: choose on these images instead
-        """
+    def _learn(self, shots: Shots) -> Choice:
         check_choice("prior", self.prior, PRIORS)
         check_range("folds", self.folds, 2)
-        shots = self._open(x, y, groups, validation)
         splits = shots.splits(self.folds)
-        choice = self._choice(*(split[1:] for split in splits))
+        choice = self._choice(*splits)
         if splits:
             scores = []
             for rows, held, _ in splits:
@@ -101,8 +103,7 @@ class GDA(Head):
                 scores.append(self._scores(held))
             choice.offer(None, np.concatenate(scores))
         self._gaussians(shots.x, one_hot(shots.y, shots.classes))
-        self._take(choice)
-        return self
+        return choice
 
     def fit_unlabelled(self, x: Any, *, start: np.ndarray | None = None, rounds: int = 10) -> GDA:
         """Learn from images without labels by expectation-maximisation, starting from the words.

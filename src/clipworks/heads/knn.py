@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import check_choice, check_range
 from ..registry import method
-from .common import SCALE, Head, unit
+from .common import SCALE, Choice, Head, Shots, unit
 
 METRICS, WEIGHTS = ("cosine", "euclidean"), ("uniform", "similarity")
 NEIGHBOURS = (1, 3, 5, 10, 20, 50)
@@ -75,36 +75,19 @@ class KNN(Head):
     ):
         self.text, self.alpha, self.k, self.metric, self.weights = text, alpha, k, metric, weights
 
-    def fit(self, x: Any, y: Any = None, *, groups: Any = None, validation: Any = None) -> KNN:
-        """Keep the shots; k, weight and temperature come from images left out one by one, or from `validation`.
-
-        Parameters
-        ----------
-        x : vectors (n, dim), or `Features`
-        y : n labels (default: those of the features)
-        groups : n numbers or names; rows that share one are views of one image and never vote for each other
-        validation : (x, y) or `Features` with labels: choose on these images instead
-        """
+    def _learn(self, shots: Shots) -> Choice:
         check_choice("metric", self.metric, METRICS)
         check_choice("weights", self.weights, WEIGHTS)
-        shots = self._open(x, y, groups, validation)
         if self.k is not None:
             check_range("k", self.k, 1, len(shots.y))
         self.shots_, self.owners_ = shots.x, shots.y
         tried = tuple(k for k in NEIGHBOURS if k < len(shots.y)) if self.k is None else (self.k,)
-        if shots.validation is not None:
-            held, own = shots.validation
-            votes = self._votes(held, tried)
-        else:
-            rows = np.flatnonzero(shots.testable)
-            held, own = shots.x[rows], shots.y[rows]
-            votes = self._votes(held, tried, shots.images[rows], shots.images)
-        choice = self._choice((held, own))
+        own = (shots.images[shots.testable], shots.images) if shots.validation is None else ()
+        choice, votes = self._choice(shots.held), self._votes(shots.held[0], tried, *own)
         for k, scores in zip(tried, votes, strict=True):
             choice.offer(k, scores)
         self.k_ = int(self.k or choice.setting or 1)
-        self._take(choice)
-        return self
+        return choice
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
         return self._votes(x, (self.k_,))[0]

@@ -26,7 +26,7 @@ from scipy.optimize import minimize
 
 from ..errors import check_range
 from ..registry import method
-from .common import Choice, Head, unit
+from .common import Choice, Head, Shots, unit
 
 GRID = tuple(10.0**k for k in range(-6, 7, 2))
 ONE_SHOT_C = 100.0  # where nothing can be left out: unit rows then get logits of a few units
@@ -82,27 +82,16 @@ class LinearProbe(Head):
         self.text, self.alpha, self.C, self.folds, self.halvings = text, alpha, C, folds, halvings
         self.max_iter, self.tol = max_iter, tol
 
-    def fit(self, x: Any, y: Any = None, *, groups: Any = None, validation: Any = None) -> LinearProbe:
-        """Learn from shots; C, weight and temperature come from folds of them, or from `validation`.
-
-        Parameters
-        ----------
-        x : vectors (n, dim), or `Features`
-        y : n labels (default: those of the features)
-        groups : n numbers or names; rows that share one are views of one image and are left out together
-        validation : (x, y) or `Features` with labels: choose on these images instead
-        """
+    def _learn(self, shots: Shots) -> Choice:
         check_range("folds", self.folds, 2)
         if self.C is not None:
             check_range("C", self.C, 1e-12)
-        shots = self._open(x, y, groups, validation)
         whole, splits = Regression(shots.x, shots.y, shots.classes), shots.splits(self.folds)
-        choice = self._choice(*(split[1:] for split in splits))
+        choice = self._choice(*splits)
         search(choice, [(whole.part(rows), whole.rotate(held)) for rows, held, _ in splits], self.C, self.halvings)
         self.C_ = float(self.C or choice.setting or ONE_SHOT_C)
         self.coef_, self.intercept_, self.n_iter_ = whole.fit(self.C_, self.max_iter, self.tol)
-        self._take(choice)
-        return self
+        return choice
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
         return x @ self.coef_.T + self.intercept_

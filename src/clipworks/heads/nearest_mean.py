@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import check_choice
 from ..registry import method
-from .common import SCALE, Head, Shots, one_hot, unit
+from .common import SCALE, Choice, Head, Shots, one_hot, unit
 
 METRICS = ("euclidean", "cosine")
 
@@ -63,31 +63,17 @@ class NearestMean(Head):
     def __init__(self, text: Any = None, alpha: float | None = None, metric: str = "euclidean"):
         self.text, self.alpha, self.metric = text, alpha, metric
 
-    def fit(self, x: Any, y: Any = None, *, groups: Any = None, validation: Any = None) -> NearestMean:
-        """Learn from shots; weight and temperature come from images left out one by one, or from `validation`.
-
-        Parameters
-        ----------
-        x : vectors (n, dim), or `Features`
-        y : n labels (default: those of the features)
-        groups : n numbers or names; rows that share one are views of one image and are left out together
-        validation : (x, y) or `Features` with labels: choose on these images instead
-        """
+    def _learn(self, shots: Shots) -> Choice:
         check_choice("metric", self.metric, METRICS)
-        shots = self._open(x, y, groups, validation)
         member = one_hot(shots.y, shots.classes)
         sums, count = member.T @ shots.x, member.sum(0)
         self.means_ = sums / count[:, None]
-        if shots.validation is not None:
-            held, own = shots.validation
-            choice = self._choice((held, own))
-            choice.offer(None, self._scores(held))
+        choice = self._choice(shots.held)
+        if shots.validation is None:
+            choice.offer(None, self._left_out(shots, sums, count)[shots.testable])
         else:
-            rows = np.flatnonzero(shots.testable)
-            choice = self._choice((shots.x[rows], shots.y[rows]))
-            choice.offer(None, self._left_out(shots, sums, count)[rows])
-        self._take(choice)
-        return self
+            choice.offer(None, self._scores(shots.held[0]))
+        return choice
 
     def _left_out(self, shots: Shots, sums: np.ndarray, count: np.ndarray) -> np.ndarray:
         """Scores of every shot with its own image taken out of its class's mean; no other mean changes."""

@@ -27,7 +27,7 @@ from scipy.linalg import eigh
 
 from ..errors import ClipworksError, check_range
 from ..registry import method
-from .common import ALPHAS, SCALE, Head, Shots, one_hot
+from .common import ALPHAS, SCALE, Choice, Head, Shots, one_hot
 
 STRENGTHS = tuple(float(10 ** (k / 2)) for k in range(-6, 7))
 
@@ -79,35 +79,20 @@ class Ridge(Head):
     ):
         self.text, self.alpha, self.strength, self.strengths = text, alpha, strength, strengths
 
-    def fit(self, x: Any, y: Any = None, *, groups: Any = None, validation: Any = None) -> Ridge:
-        """Learn from shots; strength, weight and temperature come from images left out, or from `validation`.
-
-        Parameters
-        ----------
-        x : vectors (n, dim), or `Features`
-        y : n labels (default: those of the features)
-        groups : n numbers or names; rows that share one are views of one image and are left out together
-        validation : (x, y) or `Features` with labels: choose on these images instead
-        """
+    def _learn(self, shots: Shots) -> Choice:
         strengths = self._grid()
-        shots = self._open(x, y, groups, validation)
         path = Path.of(shots)
-        if shots.validation is not None:
-            held, own = shots.validation
-            choice = self._choice((held, own))
-            inside = (held - path.mean) @ path.v
-            for strength in strengths:
+        choice = self._choice(shots.held)
+        inside = None if shots.validation is None else (shots.validation[0] - path.mean) @ path.v
+        for strength in strengths if len(choice.y) else ():
+            if inside is None:
+                choice.offer(strength, path.left_out(strength)[shots.testable])
+            else:
                 choice.offer(strength, inside @ path.weights(strength) + path.target_mean)
-        else:
-            rows = np.flatnonzero(shots.testable)
-            choice = self._choice((shots.x[rows], shots.y[rows]))
-            for strength in strengths if len(rows) else ():
-                choice.offer(strength, path.left_out(strength)[rows])
         self.strength_ = strengths[0] if len(strengths) == 1 else choice.setting or 1.0
         self.coef_ = (path.v @ path.weights(self.strength_)).T
         self.intercept_ = path.target_mean - self.coef_ @ path.mean
-        self._take(choice)
-        return self
+        return choice
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
         return x @ self.coef_.T + self.intercept_
