@@ -164,3 +164,18 @@ def test_a_hybrid_tower_is_saved_loaded_and_resized(tmp_path):
 def test_the_stem_fixes_the_patch_size():
     with pytest.raises(ClipworksError, match=r"patch_size must be 32 with the stem 'efficientnet-lite2'. Got 16"):
         build_stem(VisionConfig(stem="efficientnet-lite2", patch_size=16))
+
+
+def test_a_hybrid_tower_returns_its_earlier_maps():
+    encoder, x = hybrid(), tiny.pixels(2, 128).float()
+    with torch.no_grad():
+        output, usual = encoder.visual.run(x, output_stem=(8, 16, 4)), encoder.visual.run(x)
+        torch.testing.assert_close(output.pooled, usual.pooled, rtol=0, atol=0)
+        torch.testing.assert_close(output.stem[16], encoder.visual.stem.front(x), rtol=0, atol=0)
+    assert {side: tuple(m.shape) for side, m in output.stem.items()} == {
+        4: (2, 24, 32, 32), 8: (2, 40, 16, 16), 16: (2, 112, 8, 8)}  # fmt: skip
+    assert usual.stem == {}
+    with pytest.raises(ClipworksError, match=r"output_stem must be one of 2, 4, 8, 16, 32. Got 3"):
+        encoder.visual.run(x, output_stem=(3,))
+    with pytest.raises(ClipworksError, match="needs a convolutional stem; 'patch' has no earlier maps"):
+        tiny.encoder().visual.run(tiny.pixels(), output_stem=(8,))

@@ -14,13 +14,13 @@ feature map equals that of `efficientnet_lite_pytorch` to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import BadWeights
+from ..errors import BadWeights, check_choice
 
 # kernel, stride of the first block, expansion, channels, blocks, for Lite0 (table 1 of the EfficientNet paper)
 STAGES = (
@@ -96,13 +96,16 @@ class EfficientNetLiteStem(nn.Module):
         super().__init__()
         wider, deeper = SCALES[size]
         blocks: list[nn.Module] = [SameConv(3, STEM, 3, 2)]
-        before = STEM
+        before, side = STEM, 2
+        self.ends: dict[int, int] = {}  # pixels per cell -> blocks up to the last map of that size
         for number, (kernel, stride, expansion, channels, count) in enumerate(STAGES):
             after = scaled(channels, wider)
             repeats = count if number in (0, len(STAGES) - 1) else math.ceil(count * deeper)
             for repeat in range(repeats):
                 blocks.append(InvertedResidual(before, after, kernel, stride if repeat == 0 else 1, expansion))
                 before = after
+            side *= stride
+            self.ends[side] = len(blocks)
             if number == MIDDLE:
                 self.middle, self.middle_width = len(blocks), before
         self.body = nn.Sequential(*blocks)
@@ -124,6 +127,19 @@ class EfficientNetLiteStem(nn.Module):
         Where only the layers behind it learn, it is computed once for a whole training run.
         """
         return self.body[: self.middle](pixels.contiguous(memory_format=torch.channels_last))
+
+    def maps(self, pixels: torch.Tensor, sides: Sequence[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Tokens of `forward`, and the last map of every size asked for: its cells are `sides` pixels wide (2 to 32).
+
+        The maps of EfficientNet are finer and of lower level than the tokens.
+        """
+        for side in sides:
+            check_choice("output_stem", side, self.ends)
+        x, found = pixels.contiguous(memory_format=torch.channels_last), {}
+        for number, block in enumerate(self.body, 1):
+            x = block(x)
+            found.update((side, x) for side in sides if self.ends[side] == number)
+        return self.projection(self.head(x)), found
 
     def read(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take released weights, each batch norm folded into the convolution before it; the projection stays.

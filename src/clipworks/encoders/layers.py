@@ -41,6 +41,7 @@ class TowerOutput:
     prefix : number of tokens before the patches or words (class or start token and prompts) in `tokens`
     grid : rows and columns of the patches, None for texts and after dropping patches
     class_token : whether the first token is a class token
+    stem : asked size of cells in pixels -> the stem's map (B, channels, h, w)
     """
 
     pooled: torch.Tensor
@@ -50,6 +51,7 @@ class TowerOutput:
     prefix: int = 0
     grid: tuple[int, int] | None = None
     class_token: bool = False
+    stem: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def patches(self) -> torch.Tensor:

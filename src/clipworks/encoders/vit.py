@@ -98,6 +98,7 @@ class VisionTransformer(nn.Module):
         positions: torch.Tensor | None = None,
         output_layers: Sequence[int] = (),
         output_attention: Sequence[int | str] = (),
+        output_stem: Sequence[int] = (),
         whole: bool = True,
     ) -> TowerOutput:
         """Encode with any of the seams.
@@ -114,6 +115,7 @@ class VisionTransformer(nn.Module):
         positions : table used instead of the tower's own, for its grid or for that of these pixels
         output_layers : layers whose output is returned (0 is the first block; negative from the end)
         output_attention : layers whose attention weights are returned; "pool" for those of an attention pool
+        output_stem : sizes of cells in pixels; the stem's last map with such cells is returned (convolutional stems)
         whole : False leaves out what the last block computes for tokens that are not pooled (a class token needs
             their keys and values alone); `tokens` then holds the pooled one
 
@@ -121,7 +123,7 @@ class VisionTransformer(nn.Module):
         -------
         `TowerOutput`
         """
-        x = self.stem(pixels)
+        x, stem = self._stem(pixels, output_stem)
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2).contiguous()
         recalled = None if self.memory is None else self.memory(_seen(x, keep, mask))
@@ -159,7 +161,7 @@ class VisionTransformer(nn.Module):
             pooled = masked_mean(self.norm_post(x[:, prefix:]), None if mask is None else mask[:, prefix:])
         pooled = self.projection(pooled)
         return TowerOutput(pooled if recalled is None else pooled + recalled, x, layers, maps, prefix,
-                           grid if keep is None else None, self.class_token is not None)  # fmt: skip
+                           grid if keep is None else None, self.class_token is not None, stem)  # fmt: skip
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of any layer (..., width) into the joint space (..., dim), each as if it were the pooled one.
@@ -171,6 +173,15 @@ class VisionTransformer(nn.Module):
         if self.pool is not None:
             x = self.pool(x.reshape(-1, 1, x.shape[-1]))[0].reshape(x.shape)
         return self.projection(x)
+
+    def _stem(self, pixels: torch.Tensor, sides: Sequence[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """First tokens as a map, and the earlier maps asked for."""
+        if not sides:
+            return self.stem(pixels), {}
+        if not hasattr(self.stem, "maps"):
+            raise ClipworksError(f"output_stem needs a convolutional stem; {self.config.stem!r} has no earlier maps. "
+                                 f"Got {tuple(sides)!r}.")  # fmt: skip
+        return self.stem.maps(pixels, sides)
 
     def _table(self, table: torch.Tensor, cells: int, grid: tuple[int, int]) -> torch.Tensor:
         """The table for this grid: as it is if it has the rows, else interpolated from the trained grid."""
