@@ -83,6 +83,11 @@ def test_view_normalises_as_the_encoder_does():
         view(Item("broken", b"no image"), preprocess, AUGMENTS["light"], np.random.default_rng(0))
 
 
+def test_preprocessed_pixels_are_taken_as_they_are():
+    pixels = tiny().preprocess(_noise(32, 32))
+    assert view(Item("k", pixels), tiny().preprocess, AUGMENTS["strong"], np.random.default_rng(0)) is pixels
+
+
 def test_names():
     assert resolve_augment("none") is None
     assert resolve_augment(AUGMENTS["strong"]) is AUGMENTS["strong"]

@@ -297,3 +297,11 @@ def test_classes_of_coloured_shapes_are_learned(tmp_path):
                    device="cpu", **options)  # fmt: skip
     assert report.before["zeroshot_accuracy"] < 40
     assert report.metrics["zeroshot_accuracy"] >= 99.5  # 100 where it was written; rounding may move one drawing
+
+
+def test_without_a_folder_it_trains_alike_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = _train(None)
+    assert (report.out, report.model) == (None, None)
+    assert not list(tmp_path.iterdir())
+    _assert_close(report.encoder, _train(tmp_path / "run").encoder, 0)

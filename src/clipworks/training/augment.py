@@ -108,11 +108,16 @@ def resolve_augment(augment: str | Augment | None) -> Augment | None:
 def view(item: Item, preprocess: Preprocess, augment: Augment | None, rng: np.random.Generator) -> torch.Tensor:
     """Return the normalised pixels of one view of an item, shape (3, size, size).
 
+    An item that holds a float tensor holds preprocessed pixels; they are taken as they are, and no view is drawn.
+
     Raises
     ------
     BadImage
         If the image cannot be used.
     """
+    ready: object = item.image
+    if hasattr(ready, "is_floating_point") and ready.is_floating_point():
+        return ready  # type: ignore[return-value]
     if augment is None:
         return preprocess(item.source(), key=item.key)
     image = open_image(item, preprocess)

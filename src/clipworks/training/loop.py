@@ -46,7 +46,8 @@ class TrainReport:
 
     Attributes
     ----------
-    out : its folder; `model` : the trained weights in it (the averaged ones are `ema.safetensors` beside it)
+    out : its folder; `model` : the trained weights in it (the averaged ones are `ema.safetensors` beside it); None if
+        nothing was written
     steps, epochs : optimizer steps, and passes over the data
     losses : the last step's, by name
     before, metrics : the first and the last evaluation, by name, in percent
@@ -57,8 +58,8 @@ class TrainReport:
     parts : the trained parameters of a recipe that has some, by name
     """
 
-    out: str
-    model: str
+    out: str | None
+    model: str | None
     steps: int
     epochs: float
     losses: dict[str, float]
@@ -81,7 +82,7 @@ def train(
     data: Any,
     model: EncoderConfig | str | Encoder = "clipworks-small",
     *,
-    out: str | Path,
+    out: str | Path | None,
     loss: str | Callable[..., Any] = "infonce",
     recipe: Recipe | str | None = None,
     epochs: int = 32,
@@ -125,7 +126,7 @@ def train(
     ----------
     data : anything `open_source` takes (folder, table, webdataset ...), or a list of (image, caption) pairs
     model : configuration (or JSON file of one) to train from scratch; name, weights file or encoder to go on from
-    out : folder of the run: log.jsonl, checkpoints, model.safetensors, report.json
+    out : folder of the run: log.jsonl, checkpoints, model.safetensors, report.json; None writes nothing
     loss : registered loss (`clipworks methods losses`), or a function; a recipe has its own
     recipe : what a step does: a method of `pretraining/` by name, "slip" or "flip(drop=0.75)", or an object (see
         `training.recipe.Recipe`); default: one view, one caption, one loss
@@ -192,7 +193,7 @@ def train(
         raise ClipworksError(f"micro_batch needs a recipe split into features and losses. {name} is not.")
     with _quiet_generators(), ThreadPoolExecutor(workers or available_cores(), "clipworks-decode") as pool:
         run = Run(
-            accelerator, resolve_model(model, seed), recipe, Path(out),
+            accelerator, resolve_model(model, seed), recipe, None if out is None else Path(out),
             precision=precision, distributed=distributed, freeze=freeze, lr=lr, weight_decay=weight_decay,
             layer_decay=layer_decay, betas=betas, eps=eps, ema=ema, pool=pool,
         )  # fmt: skip
@@ -204,7 +205,9 @@ def train(
         }  # fmt: skip
         first = run.resume(settings, resume)
         feed = Feed(items, order, recipe, rank(), processes(), on_error)
-        log = Log(run.out / "log.jsonl", step=first, tensorboard=tensorboard) if rank() == 0 else None
+        log = None
+        if run.out is not None and rank() == 0:
+            log = Log(run.out / "log.jsonl", step=first, tensorboard=tensorboard)
         saving, evaluating = save_every or order.steps_per_epoch, evaluate_every or order.steps_per_epoch
         warm = warmup_steps(warmup, total)
 
@@ -247,8 +250,9 @@ def train(
         if log:
             log.close()
         seconds = time.perf_counter() - began
+        folder, model_file = (None, None) if run.out is None else (str(run.out), str(run.out / "model.safetensors"))
         return run.finish(TrainReport(
-            str(run.out), str(run.out / "model.safetensors"), total, total / order.steps_per_epoch, run.losses,
+            folder, model_file, total, total / order.steps_per_epoch, run.losses,
             run.metrics.get("before", {}), run.metrics.get("last", {}), first or None, round(seconds, 3),
             round((total - first) * batch_size / seconds, 2), round(bar.wait_share, 4), feed.bad,
         ))  # fmt: skip

@@ -74,7 +74,7 @@ class Run:
     accelerator : from `start_processes`
     encoder : where training starts
     recipe : what a step does
-    out : folder of the run
+    out : folder of the run; None writes nothing
     precision, distributed, freeze, lr, weight_decay, layer_decay, betas, eps, ema : as in `train`
     pool : decoding threads
 
@@ -91,7 +91,7 @@ class Run:
         accelerator: Any,
         encoder: Encoder,
         recipe: Recipe,
-        out: Path,
+        out: Path | None,
         *,
         precision: str,
         distributed: str,
@@ -149,7 +149,7 @@ class Run:
 
     def save(self, step: int, keep: int) -> None:
         """Write a checkpoint; all processes call, the first one writes."""
-        if rank() and not self.sharded:
+        if self.out is None or (rank() and not self.sharded):
             return
         tensors = {f"model.{name}": whole(value) for name, value in self.towers.state_dict().items()}
         for name, parameter in self._learning_by_name():
@@ -165,6 +165,8 @@ class Run:
     def resume(self, settings: dict[str, Any], resume: str) -> int:
         """Return the step to go on from: 0, or that of the newest undamaged checkpoint, whose state is loaded."""
         self.settings = settings
+        if self.out is None:
+            return 0
         folder = self.out / "checkpoints"
         if resume == "never" and checkpoints(folder):
             raise ClipworksError(f"out must be a new folder with resume='never'. {str(self.out)!r} has checkpoints.")
@@ -224,9 +226,9 @@ class Run:
             own = self.encoder.state_dict()
             self.encoder.load_state_dict({n: v.reshape(own[n].shape) for n, v in full.items()})
             self.encoder.refresh()
-            if rank() == 0:
+            if self.out is not None and rank() == 0:
                 save(self.encoder, self.out / f"{file}.safetensors")
         report.encoder = self.encoder
-        if rank() == 0:
+        if self.out is not None and rank() == 0:
             write_json(self.out / "report.json", report.as_dict())
         return report
