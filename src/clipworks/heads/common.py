@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -74,7 +75,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     weight of the head beside the zero-shot logits, `temperature_`.
     """
 
-    alphas: ClassVar[tuple[float, ...]] = ALPHAS
+    alphas: Sequence[float] = ALPHAS
     unseen: ClassVar[bool] = False  # whether there may be classes without shots, known by their words
 
     text: Any
@@ -166,7 +167,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         y = np.concatenate([part[-1] for part in held]) if held else np.zeros(0, int)
         rows = None if self.text_ is None or not held else np.concatenate([part[-2] for part in held])
         zero = None if rows is None or self.text_ is None else zero_shot(rows, self.text_)
-        return Choice(y, zero, self.alphas if self.alpha is None else (self.alpha,))
+        return Choice(y, zero, tuple(self.alphas) if self.alpha is None else (self.alpha,))
 
     def _take(self, choice: Choice) -> None:
         """Set `alpha_` and `temperature_` from a choice; 1 where nothing could be held out."""
