@@ -77,6 +77,8 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
 
     alphas: Sequence[float] = ALPHAS
     unseen: ClassVar[bool] = False  # whether there may be classes without shots, known by their words
+    labelled: ClassVar[bool] = True  # whether it learns from the labels of images, and not from the words' answers
+    effort: ClassVar[int] = 2  # to fit: 0 nothing, 1 closed form or nothing trained, 2 convex search, 3 gradient steps
 
     text: Any
     alpha: float | None

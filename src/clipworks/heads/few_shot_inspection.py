@@ -65,6 +65,7 @@ class FewShotInspection(Head):
     (array(['good'], dtype='<U7'), array([[1, 3]]))
     """
 
+    effort = 1
     alphas = tuple(SCALE * a for a in ALPHAS)  # its scores lie in [-1, 1], zero-shot logits in [-SCALE, SCALE]
 
     def __init__(self, text: Any = None, alpha: float | None = None, temperature: float | None = 1.0):

@@ -81,6 +81,8 @@ class GDA(Head):
     array(['cat'], dtype='<U3')
     """
 
+    effort = 1
+
     def __init__(
         self,
         text: Any = None,

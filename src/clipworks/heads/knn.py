@@ -65,6 +65,8 @@ class KNN(Head):
     array(['cat'], dtype='<U3')
     """
 
+    effort = 1
+
     def __init__(
         self,
         text: Any = None,

@@ -60,6 +60,8 @@ class NearestMean(Head):
     array(['cat'], dtype='<U3')
     """
 
+    effort = 1
+
     def __init__(self, text: Any = None, alpha: float | None = None, metric: str = "euclidean"):
         self.text, self.alpha, self.metric = text, alpha, metric
 

@@ -68,6 +68,7 @@ class Ridge(Head):
     array(['cat'], dtype='<U3')
     """
 
+    effort = 1
     alphas = tuple(SCALE * a for a in ALPHAS)  # its scores lie in [0, 1], zero-shot logits in [-SCALE, SCALE]
 
     def __init__(
