@@ -64,6 +64,17 @@ def test_a_sure_key_gives_its_value(tower, pixels):
     np.testing.assert_allclose(added, tower.memory.values.weight[:, 2].expand(3, -1), atol=1e-12)
 
 
+@torch.no_grad()
+def test_every_patch_may_recall_for_itself(tower, pixels):
+    embedded = tower.stem(pixels).flatten(2).transpose(1, 2)
+    patches = tower.run(pixels).patches
+    dense = tower.project(patches, embedded)
+    assert torch.equal(without(tower).project(patches, embedded), tower.project(patches))
+    for i in range(16):  # one patch alone is its own mean
+        expected = tower.project(patches[:, i]).numpy() + recalled(tower, embedded[:, i : i + 1].numpy())
+        np.testing.assert_allclose(dense[:, i], expected, atol=1e-12)
+
+
 def test_gradients_reach_it_and_through_it(tower, pixels):
     pixels.requires_grad_()
     tower(pixels).sum().backward()

@@ -369,6 +369,8 @@ def test_gradients_flow_where_asked_and_nowhere_else():
         ({"keep": torch.zeros(3, 2, dtype=torch.long)}, "keep must have the shape"),
         ({"keep": torch.full((2, 2), 16)}, "keep must hold patch numbers"),
         ({"positions": torch.zeros(10, 24)}, "positions"),
+        ({"stop": 3}, "stop must name layers from 0 to 2"),
+        ({"stop": 1, "attention": {-1: "vv"}}, "stop 1 leaves out layer 2"),
     ],
 )
 def test_messages(seams, message):

@@ -324,6 +324,7 @@ def run_blocks(
     output_layers: Sequence[int] = (),
     output_attention: Sequence[int | str] = (),
     at: Callable[[int], torch.Tensor] | None = None,
+    stop: int | None = None,
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor], dict[int | str, torch.Tensor], int]:
     """Run the blocks with the seams that both towers share.
 
@@ -336,6 +337,7 @@ def run_blocks(
     output_layers, output_attention : layers whose output or weights are kept, under the numbers given here
     at : from the number of prompts to the only token of every row, int64 (B,), whose last output is wanted; where
         the last block has its usual rule and nothing else of it is kept, the others are then not computed
+    stop : run only the blocks before this one; the last output is then its input
 
     Returns
     -------
@@ -351,7 +353,12 @@ def run_blocks(
     maps: dict[int | str, torch.Tensor] = {}
     # a single row stays whole: products of one row take another kernel, and a vector would know its batch's size
     lean = len(x) > 1 and isinstance(blocks[-1], Block) and depth - 1 not in {*rules, *dict(kept), *dict(mapped)}
-    for number, block in enumerate(blocks):
+    if stop is not None:
+        stop, lean = layer_index("stop", stop, depth), False
+        late = [number for number in (*prompts, *rules, *dict(kept), *dict(mapped)) if number >= stop]
+        if late:
+            raise ClipworksError(f"stop {stop} leaves out layer {min(late)}, for which something was asked.")
+    for number, block in enumerate(blocks[:stop]):
         if number in prompts:
             before, x = x.shape[1], put_prompts(x, prompts[number], head, n_prompts)
             fresh = n_prompts + x.shape[1] - before

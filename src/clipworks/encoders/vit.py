@@ -52,7 +52,7 @@ class Memory(nn.Module):
         self.keys, self.values = nn.Linear(width, pairs), nn.Linear(pairs, dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, width), the mean of the stem's tokens, to (B, dim)."""
+        """(..., width), the mean of the stem's tokens or each of them, to (..., dim)."""
         return self.values(self.keys(x).softmax(-1))
 
 
@@ -100,6 +100,7 @@ class VisionTransformer(nn.Module):
         output_attention: Sequence[int | str] = (),
         output_stem: Sequence[int] = (),
         whole: bool = True,
+        stop: int | None = None,
     ) -> TowerOutput:
         """Encode with any of the seams.
 
@@ -118,6 +119,8 @@ class VisionTransformer(nn.Module):
         output_stem : sizes of cells in pixels; the stem's last map with such cells is returned (convolutional stems)
         whole : False leaves out what the last block computes for tokens that are not pooled (a class token needs
             their keys and values alone); `tokens` then holds the pooled one
+        stop : run only the blocks before this one (negative from the end); `tokens` are then what it would be given,
+            and `pooled` is read from them
 
         Returns
         -------
@@ -144,7 +147,7 @@ class VisionTransformer(nn.Module):
         x, layers, maps, n_prompts = run_blocks(
             self.blocks, self.norm_pre(x), head=self.head, mask=mask, prompts=prompts, attention=attention,
             output_layers=output_layers, output_attention=output_attention,
-            at=None if whole or self.config.pool != "class" else lambda _: first,
+            at=None if whole or self.config.pool != "class" else lambda _: first, stop=stop,
         )  # fmt: skip
         prefix = self.head + n_prompts
         if mask is not None:
@@ -163,16 +166,19 @@ class VisionTransformer(nn.Module):
         return TowerOutput(pooled if recalled is None else pooled + recalled, x, layers, maps, prefix,
                            grid if keep is None else None, self.class_token is not None, stem)  # fmt: skip
 
-    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+    def project(self, tokens: torch.Tensor, embedded: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens of any layer (..., width) into the joint space (..., dim), each as if it were the pooled one.
 
         With a class token or mean pool that is the last norm and the projection; with an attention pool every
-        token is pooled alone (its value, since the weights of a single token are 1).
+        token is pooled alone (its value, since the weights of a single token are 1). With `embedded` (..., width), what
+        the stem gave for the same patches, a tower that has a memory adds what it recalls of each patch, as the pooled
+        vector has what it recalls of their mean.
         """
         x = self.norm_post(tokens)
         if self.pool is not None:
             x = self.pool(x.reshape(-1, 1, x.shape[-1]))[0].reshape(x.shape)
-        return self.projection(x)
+        x = self.projection(x)
+        return x if embedded is None or self.memory is None else x + self.memory(embedded)
 
     def _stem(self, pixels: torch.Tensor, sides: Sequence[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """First tokens as a map, and the earlier maps asked for."""
