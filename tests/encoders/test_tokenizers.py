@@ -309,3 +309,15 @@ def test_bad_tokenizer_files(tmp_path):
 def test_missing_tokenizer_says_which_file():
     with pytest.raises(ClipworksError, match=r"cannot read texts\. Expected tokenizer\.json in x"):
         NoTokenizer("Expected tokenizer.json in x.", vocab_size=9, eot_id=1, pad_id=0).encode(["a"], 5)
+
+
+def test_copies_and_pickles_of_clips_tokenizer_are_small_and_alike():
+    import copy
+    import pickle
+
+    made = CLIPTokenizer(pad_id=7)
+    text = pickle.dumps(made)
+    assert len(text) < 1000
+    for again in (copy.deepcopy(made), pickle.loads(text)):
+        assert again.fingerprint == made.fingerprint
+        assert torch.equal(again.encode(["a cat", "two dogs"])[0], made.encode(["a cat", "two dogs"])[0])
