@@ -233,7 +233,7 @@ def token_rows(count, length, low, high, end, pad=0, seed=1):
     return rows
 
 
-def same_features(encoder, model, tokens, image, atol=1e-5):
+def assert_same_features(encoder, model, tokens, image, atol=1e-5):
     """Image and text features of both are equal, and so are the logits."""
     pixels = torch.randn(3, 3, image, image, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

@@ -10,8 +10,8 @@ from plain_clip import (
     PlainText,
     PlainTrunk,
     PlainViT,
+    assert_same_features,
     randomise,
-    same_features,
     token_rows,
 )
 from safetensors.torch import save_file
@@ -92,7 +92,7 @@ def test_vit(tmp_path, quick, file):
     model = clip_model(act)
     encoder = load(folder(tmp_path / "m", model, clip_config(quick), file=file))
     assert (encoder.config.vision.activation, encoder.config.text.activation) == (act, act)
-    same_features(encoder, model, token_rows(3, 16, 1, 290, 299), 32)
+    assert_same_features(encoder, model, token_rows(3, 16, 1, 290, 299), 32)
 
 
 def test_the_flag_decides_the_numbers(tmp_path):
@@ -100,21 +100,21 @@ def test_the_flag_decides_the_numbers(tmp_path):
     model = clip_model("gelu")
     wrong = load(folder(tmp_path / "m", model, clip_config(quick=True)))
     with pytest.raises(AssertionError):
-        same_features(wrong, model, token_rows(3, 16, 1, 290, 299), 32)
+        assert_same_features(wrong, model, token_rows(3, 16, 1, 290, 299), 32)
 
 
 def test_custom_text_and_bias(tmp_path):
     model = clip_model("quick_gelu", custom=True, bias=-3.0)
     encoder = load(folder(tmp_path / "m", model, clip_config(True, custom_text=True, init_logit_bias=-10)))
     assert encoder.bias.item() == -3.0
-    same_features(encoder, model, token_rows(3, 16, 1, 290, 299), 32)
+    assert_same_features(encoder, model, token_rows(3, 16, 1, 290, 299), 32)
 
 
 def test_resnet(tmp_path):
     model = randomise(PlainCLIP(PlainResNet(64, 16, (1, 2, 1, 1), 8, DIM),
                                 PlainText(300, 16, 32, 2, 2, DIM, "gelu", 128)))  # fmt: skip
     config = clip_config(vision_cfg={"image_size": 64, "layers": [1, 2, 1, 1], "width": 16, "patch_size": None})
-    same_features(load(folder(tmp_path / "m", model, config)), model, token_rows(3, 16, 1, 290, 299), 64)
+    assert_same_features(load(folder(tmp_path / "m", model, config)), model, token_rows(3, 16, 1, 290, 299), 64)
 
 
 @pytest.mark.parametrize(("name", "act", "text", "text_act"), [
@@ -126,7 +126,7 @@ def test_siglip(tmp_path, name, act, text, text_act):
     model = siglip(act, text_act)
     encoder = load(folder(tmp_path / "m", model, siglip_config(name, **text)))
     assert (encoder.config.vision.activation, encoder.config.text.activation) == (act, text_act)
-    same_features(encoder, model, token_rows(3, 8, 2, 40, 1, pad=1), 32)
+    assert_same_features(encoder, model, token_rows(3, 8, 2, 40, 1, pad=1), 32)
     preprocess = encoder.config.preprocess
     assert (preprocess.mean, preprocess.resize, preprocess.crop) == ((0.5, 0.5, 0.5), "squash", "none")
 
@@ -154,7 +154,7 @@ def test_preprocessing_comes_from_the_file(tmp_path):
 def test_a_bare_model_configuration_is_enough(tmp_path):
     path = folder(tmp_path / "m", clip_model())
     (path / "open_clip_config.json").write_text(json.dumps(clip_config()))
-    same_features(load(path), clip_model(), token_rows(3, 16, 1, 290, 299), 32)
+    assert_same_features(load(path), clip_model(), token_rows(3, 16, 1, 290, 299), 32)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_without_configuration_the_architecture_must_be_named(tmp_path, tiny_arc
     path = folder(tmp_path / "m", model, file="tiny.pt") / "tiny.pt"
     with pytest.raises(BadWeights, match=r"say nothing of their activation.*'ViT-tiny:.*' or 'ViT-tiny-quickgelu:"):
         load(path)
-    same_features(load(f"ViT-tiny-quickgelu:{path}"), model, token_rows(3, 16, 1, 290, 299), 32)
+    assert_same_features(load(f"ViT-tiny-quickgelu:{path}"), model, token_rows(3, 16, 1, 290, 299), 32)
     with pytest.raises(BadWeights, match=r"do not fit the configuration|shapes do not fit"):
         load(f"ViT-B-32:{path}")
     with pytest.raises(ClipworksError, match=r"no file 'nowhere.pt'"):

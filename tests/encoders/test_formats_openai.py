@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain_clip import PlainCLIP, PlainResNet, PlainText, PlainViT, randomise, same_features, token_rows
+from plain_clip import PlainCLIP, PlainResNet, PlainText, PlainViT, assert_same_features, randomise, token_rows
 from torch import nn
 
 from clipworks.encoders.formats import files, openai
@@ -52,7 +52,7 @@ def test_vit(tmp_path):
     path = archive(model, tmp_path / "ViT-tiny.pt")
     assert files.read(path).kind == "torchscript"
     encoder = load(path)
-    same_features(encoder, model, token_rows(3, 16, 1, 49000, 49407), 32)
+    assert_same_features(encoder, model, token_rows(3, 16, 1, 49000, 49407), 32)
     config = encoder.config
     assert (config.name, config.dim, config.vision.heads, config.text.heads) == ("ViT-tiny", 24, 2, 1)
     assert (config.vision.activation, config.text.activation) == ("quick_gelu", "quick_gelu")
@@ -64,7 +64,7 @@ def test_vit(tmp_path):
 def test_resnet(tmp_path):
     model = resnet()
     encoder = load(archive(model, tmp_path / "RN.pt"))
-    same_features(encoder, model, token_rows(3, 12, 1, 190, 199), 64)
+    assert_same_features(encoder, model, token_rows(3, 12, 1, 190, 199), 64)
     assert encoder.config.vision.layers == (1, 2, 1, 1)
     with pytest.raises(ClipworksError, match=r"CLIP's vocabulary has 49408 tokens, this model's 200"):
         encoder.texts("a cat")
@@ -74,7 +74,7 @@ def test_half_precision_becomes_float32(tmp_path):
     model = vit(vocab=300).half()
     encoder = load(archive(model, tmp_path / "half.pt"))
     assert encoder.dtype == torch.float32
-    same_features(encoder, model.float(), token_rows(3, 16, 1, 290, 299), 32)
+    assert_same_features(encoder, model.float(), token_rows(3, 16, 1, 290, 299), 32)
 
 
 def test_missing_and_foreign_tensors_are_named(tmp_path):

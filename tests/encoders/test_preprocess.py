@@ -41,7 +41,7 @@ def published(image, size, interpolation="bicubic"):
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def check_levels(found, expected):
+def assert_levels(found, expected):
     """Equal in nearly all values, one level off in a few of a thousand, two in at most one of 50,000, never more.
 
     Both sides compute in whole numbers and round between the two passes, with weights of 15 and of 22 bits.
@@ -64,7 +64,7 @@ def test_pixels_are_the_published_ones_within_one_level(size, interpolation):
     preprocess = Preprocess(PreprocessConfig(size=224, mean=MEAN, std=STD, interpolation=interpolation))
     found = preprocess.pixels(array)
     assert found.shape == (224, 224, 3)
-    check_levels(found, published(Image.fromarray(array), 224, interpolation))
+    assert_levels(found, published(Image.fromarray(array), 224, interpolation))
     tensor = preprocess(array)
     assert tensor.dtype == torch.float32
     assert tensor.is_contiguous()
@@ -75,7 +75,7 @@ def test_pixels_are_the_published_ones_within_one_level(size, interpolation):
 def test_other_sizes_than_224(size):
     array = photo(701, 467)
     found = Preprocess(PreprocessConfig(size=size)).pixels(array)
-    check_levels(found, published(Image.fromarray(array), size))
+    assert_levels(found, published(Image.fromarray(array), size))
 
 
 def test_from_a_jpeg_file(tmp_path):
@@ -83,14 +83,14 @@ def test_from_a_jpeg_file(tmp_path):
     Image.fromarray(photo(640, 427)).save(path, quality=88)
     with Image.open(path) as image:
         expected = published(image.convert("RGB"), 224)
-    check_levels(Preprocess(PreprocessConfig(size=224)).pixels(path), expected)
+    assert_levels(Preprocess(PreprocessConfig(size=224)).pixels(path), expected)
 
 
 def test_squash():
     array = photo(320, 200)
     config = PreprocessConfig(size=64, resize="squash", crop="none", interpolation="bilinear")
     expected = np.asarray(Image.fromarray(array).resize((64, 64), RESAMPLE["bilinear"]))
-    check_levels(Preprocess(config).pixels(array), expected)
+    assert_levels(Preprocess(config).pixels(array), expected)
 
 
 @pytest.mark.parametrize("size", [(1, 20000), (20000, 1), (3000, 40), (1, 1)])
@@ -170,7 +170,7 @@ def test_real_photos():
             expected = published(image.convert("RGB"), 224)
         found.append(preprocess.pixels(path))
         wanted.append(expected)
-    check_levels(np.stack(found), np.stack(wanted))
+    assert_levels(np.stack(found), np.stack(wanted))
 
 
 def test_the_documented_examples():

@@ -333,6 +333,32 @@ def test_rotary_positions_as_a_rule():
     np.testing.assert_allclose(output.attentions[0][:, 0].detach(), plain.softmax(logits), atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_the_stem_gave_stands_for_the_pixels(shape):
+    visual, *_ = make(shape)
+    x, prompts = tiny.pixels(), {0: prompt(2, 24), 2: prompt(1, 24)}
+    kept = visual.stem(x)
+    assert torch.equal(visual(embeddings=kept), visual(x))
+    assert torch.equal(visual(embeddings=kept, prompts=prompts), visual(x, prompts=prompts))
+    for given in ({}, {"pixels": x, "embeddings": kept}):
+        with pytest.raises(ClipworksError, match="one of pixels and embeddings"):
+            visual.run(**given)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stopping_before_a_block_gives_its_input(shape):
+    visual, *_ = make(shape)
+    x, wide = tiny.pixels(), {0: prompt(2, 24)}
+    whole = visual.run(x, prompts=wide, output_layers=(0, 1))
+    for stop, layer in ((1, 0), (2, 1), (-1, 1)):
+        early = visual.run(x, prompts=wide, stop=stop)
+        assert torch.equal(early.tokens, whole.layers[layer])
+        assert (early.prefix, early.grid) == (whole.prefix, whole.grid)
+    assert torch.equal(visual.blocks[-1](early.tokens)[0], whole.tokens)
+    first = visual.run(x, stop=0).tokens
+    assert torch.equal(visual.blocks[0](first)[0], visual.run(x, output_layers=(0,)).layers[0])
+
+
 def test_gradients_flow_where_asked_and_nowhere_else():
     visual = make("clip")[0].requires_grad_(False)
     given = {0: prompt(2, 24).requires_grad_(), 2: prompt(2, 24, seed=8)}

@@ -53,13 +53,13 @@ def total(value: Any) -> torch.Tensor:
     return torch.stack(list(value.values())).sum() if isinstance(value, dict) else value
 
 
-def check_gradient(loss: Callable[..., Any], *inputs: torch.Tensor) -> None:
+def assert_gradient(loss: Callable[..., Any], *inputs: torch.Tensor) -> None:
     """Autograd against central differences in float64, for every input; raises where they differ."""
     leaves = [x.detach().clone().double().requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(lambda *x: total(loss(*x)), leaves, eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
-def check_safe(loss: Callable[..., Any], *inputs: torch.Tensor, scales: tuple[float, ...] = (0.0, 1.0, 100.0, 1e4)):
+def assert_safe(loss: Callable[..., Any], *inputs: torch.Tensor, scales: tuple[float, ...] = (0.0, 1.0, 100.0, 1e4)):
     """`loss(scale, *rows)` is finite, with its gradients, at any scale, and computed in float32 from bfloat16."""
     for scale in scales:
         for dtype in (torch.float64, torch.float32, torch.bfloat16):

@@ -7,7 +7,7 @@ import torch
 from clipworks.errors import ClipworksError
 from clipworks.losses.barlip import barlip
 
-from .oracle import check_gradient, unit
+from .oracle import assert_gradient, unit
 
 RNG = np.random.default_rng(0)
 IMAGE, TEXT = (torch.tensor(RNG.normal(size=(9, 4)) * [1, 2, 3, 4] + 1) for _ in range(2))
@@ -35,7 +35,7 @@ def test_shift_and_size_of_a_column_do_not_matter():
 
 
 def test_gradient_against_differences():
-    check_gradient(barlip, IMAGE, TEXT)
+    assert_gradient(barlip, IMAGE, TEXT)
 
 
 def test_alike_rows_and_half_precision_stay_finite():

@@ -11,7 +11,7 @@ from clipworks.losses.clip_refine import clip_refine, hybrid_targets, random_ali
 from clipworks.losses.infonce import infonce
 from clipworks.losses.relation_distillation import relation_distillation
 
-from .oracle import check_gradient, check_safe, log_softmax, pair, softmax, total, unit
+from .oracle import assert_gradient, assert_safe, log_softmax, pair, softmax, total, unit
 
 IMAGE, TEXT = pair(6, 5)
 OLD_IMAGE, OLD_TEXT = pair(6, 5, seed=7)
@@ -47,7 +47,7 @@ def test_against_numpy(alpha, t):
 
 
 def test_gradient_against_differences():
-    check_gradient(lambda i, t, s: _loss(i, t, scale=s), IMAGE, TEXT, torch.tensor(3.0))
+    assert_gradient(lambda i, t, s: _loss(i, t, scale=s), IMAGE, TEXT, torch.tensor(3.0))
 
 
 def test_no_gradient_reaches_the_teacher():
@@ -177,7 +177,7 @@ def test_safe_numbers():
     def loss(scale, image, text):
         return _loss(image, text, *(x.to(image.dtype) for x in fixed), scale=scale, old=3.0)
 
-    check_safe(loss, IMAGE, TEXT)
+    assert_safe(loss, IMAGE, TEXT)
     assert all(v.item() == 0.0 for n, v in _loss(*(x[:1] for x in (IMAGE, TEXT, OLD_IMAGE, OLD_TEXT, NOISE))).items()
                if n == "distillation")  # fmt: skip
 

@@ -10,7 +10,7 @@ from clipworks.errors import ClipworksError
 from clipworks.losses.cloob import cloob, infoloob, retrieve
 from clipworks.losses.infonce import infonce
 
-from .oracle import check_gradient, check_safe, log_softmax, pair, softmax, softplus, unit
+from .oracle import assert_gradient, assert_safe, log_softmax, pair, softmax, softplus, unit
 
 X, Y = pair(6, 5)
 
@@ -37,7 +37,7 @@ def test_against_numpy(n, scale, beta):
 
 def test_gradient_against_differences():
     """Through states, stored rows and retrieval weights alike."""
-    check_gradient(lambda x, y, s: cloob(x, y, s), X, Y, torch.tensor(5.0))
+    assert_gradient(lambda x, y, s: cloob(x, y, s), X, Y, torch.tensor(5.0))
 
 
 def test_beta_of_0_retrieves_the_mean_and_a_large_one_the_nearest():
@@ -126,8 +126,8 @@ def test_it_does_not_hang_on_the_strong_cue():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, x, y: cloob(x, y, scale), X, Y, scales=(1.0, 100.0, 1e4))
-    check_safe(lambda scale, x, y: cloob(x, y, 30.0, beta=scale), X, Y)
+    assert_safe(lambda scale, x, y: cloob(x, y, scale), X, Y, scales=(1.0, 100.0, 1e4))
+    assert_safe(lambda scale, x, y: cloob(x, y, 30.0, beta=scale), X, Y)
     with pytest.raises(ClipworksError, match=r"at least 2 rows. Got 1"):
         cloob(X[:1], Y[:1])
     with pytest.raises(ClipworksError, match="beta must lie in"):

@@ -7,7 +7,7 @@ import torch
 from clipworks.errors import ClipworksError
 from clipworks.losses.feature_distillation import feature_distillation
 
-from .oracle import check_gradient, check_safe, unit
+from .oracle import assert_gradient, assert_safe, unit
 
 
 def test_against_numpy():
@@ -24,7 +24,7 @@ def test_of_unit_rows_it_is_the_cosine():
 
 def test_gradient_reaches_the_student_alone():
     u, v = unit(4, 3, grad=True), unit(4, 3, seed=1, grad=True)
-    check_gradient(lambda x: feature_distillation(x, v), u)
+    assert_gradient(lambda x: feature_distillation(x, v), u)
     feature_distillation(u, v).backward()
     assert v.grad is None
     assert torch.allclose(u.grad, 2 * (u - v).detach() / 12)
@@ -46,7 +46,7 @@ def test_halves_average_to_the_whole():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, u, v: feature_distillation(u, v), unit(1, 4), unit(1, 4, seed=1))
+    assert_safe(lambda scale, u, v: feature_distillation(u, v), unit(1, 4), unit(1, 4, seed=1))
 
 
 def test_mistakes_are_named():

@@ -8,7 +8,7 @@ from clipworks.errors import ClipworksError
 from clipworks.losses.improved_baselines import improved_baselines
 from clipworks.losses.infonce import infonce
 
-from .oracle import check_gradient, check_safe, clip, cross, pair, total, unit
+from .oracle import assert_gradient, assert_safe, clip, cross, pair, total, unit
 
 IMAGE, TEXT = pair(6, 5)
 STRONG_IMAGE, STRONG_TEXT = unit(6, 2, 7, seed=4), unit(6, 2, 7, seed=5)
@@ -73,8 +73,8 @@ def test_each_part_moves_its_own_scale():
 
 
 def test_gradient_against_differences():
-    check_gradient(lambda i, t, a, b, s: improved_baselines(i, t, 2.0, a, b, s), IMAGE, TEXT, STRONG_IMAGE, STRONG_TEXT,
-                   torch.tensor(3.0))  # fmt: skip
+    assert_gradient(lambda i, t, a, b, s: improved_baselines(i, t, 2.0, a, b, s),
+                    IMAGE, TEXT, STRONG_IMAGE, STRONG_TEXT, torch.tensor(3.0))  # fmt: skip
 
 
 def test_mean_over_local_rows_is_the_whole():
@@ -87,7 +87,7 @@ def test_mean_over_local_rows_is_the_whole():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, i, t, a, b: improved_baselines(i, t, scale, a, b, scale), IMAGE, TEXT, STRONG_IMAGE,
+    assert_safe(lambda scale, i, t, a, b: improved_baselines(i, t, scale, a, b, scale), IMAGE, TEXT, STRONG_IMAGE,
                STRONG_TEXT)  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from clipworks.errors import ClipworksError
 from clipworks.losses.infonce import infonce, shared_targets
 
-from .oracle import check_gradient, check_safe, clip, cross, pair, unit
+from .oracle import assert_gradient, assert_safe, clip, cross, pair, unit
 
 
 @pytest.mark.parametrize(("n", "scale"), [(2, 1.0), (6, 14.3), (33, 100.0)])
@@ -21,9 +21,9 @@ def test_against_numpy(n, scale):
 
 def test_gradient_against_differences():
     image, text = pair()
-    check_gradient(infonce, image, text, torch.tensor(3.0))
+    assert_gradient(infonce, image, text, torch.tensor(3.0))
     targets = torch.softmax(unit(6, 6, seed=4), 1)
-    check_gradient(lambda i, t, s: infonce(i, t, s, targets=targets, smoothing=0.1), image, text, torch.tensor(3.0))
+    assert_gradient(lambda i, t, s: infonce(i, t, s, targets=targets, smoothing=0.1), image, text, torch.tensor(3.0))
 
 
 def test_no_text_closer_than_another_is_log_n():
@@ -99,7 +99,7 @@ def test_pairs_that_share_a_caption_share_the_target():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, i, t: infonce(i, t, scale), *pair())
+    assert_safe(lambda scale, i, t: infonce(i, t, scale), *pair())
     image, text = pair(1)
     assert infonce(image, text, 100.0).item() == 0.0
 

@@ -8,7 +8,7 @@ from clipworks.errors import ClipworksError
 from clipworks.losses.infonce import infonce
 from clipworks.losses.interactive_distillation import interactive_distillation
 
-from .oracle import check_gradient, check_safe, cross, pair
+from .oracle import assert_gradient, assert_safe, cross, pair
 
 U, W = pair(6, 5)
 V, Y = pair(6, 5, seed=7)
@@ -21,7 +21,7 @@ def test_against_numpy():
 
 
 def test_gradient_against_differences():
-    check_gradient(lambda u, w, s: interactive_distillation(u, w, V, Y, s), U, W, torch.tensor(4.0))
+    assert_gradient(lambda u, w, s: interactive_distillation(u, w, V, Y, s), U, W, torch.tensor(4.0))
 
 
 def test_of_the_teacher_itself_it_is_infonce():
@@ -43,7 +43,7 @@ def test_no_gradient_reaches_the_teacher():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, u, w, v, y: interactive_distillation(u, w, v, y, scale), U, W, V, Y)
+    assert_safe(lambda scale, u, w, v, y: interactive_distillation(u, w, v, y, scale), U, W, V, Y)
     assert interactive_distillation(U[:1], W[:1], V[:1], Y[:1], 100.0).item() == 0.0
 
 

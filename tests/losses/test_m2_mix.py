@@ -11,7 +11,7 @@ from clipworks.errors import ClipworksError
 from clipworks.losses.infonce import infonce
 from clipworks.losses.m2_mix import geodesic, m2_mix, partner_targets
 
-from .oracle import check_gradient, check_safe, clip, cross, pair, total, unit
+from .oracle import assert_gradient, assert_safe, clip, cross, pair, total, unit
 
 IMAGE, TEXT = pair(6, 5)
 ALL = {"images": 0.05, "texts": 0.04, "both": 0.1}
@@ -84,7 +84,7 @@ def test_against_numpy(n, share):
 
 
 def test_gradient_reaches_both_sides_through_the_mixes():
-    check_gradient(lambda i, t, s: m2_mix(i, t, s, 0.4, weight=1.0, **ALL), IMAGE, TEXT, torch.tensor(3.0))
+    assert_gradient(lambda i, t, s: m2_mix(i, t, s, 0.4, weight=1.0, **ALL), IMAGE, TEXT, torch.tensor(3.0))
 
 
 def test_without_weights_it_is_clip():
@@ -169,7 +169,7 @@ def test_two_cones_come_closer():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, i, t: m2_mix(i, t, scale, 0.4, **ALL), IMAGE, TEXT)
+    assert_safe(lambda scale, i, t: m2_mix(i, t, scale, 0.4, **ALL), IMAGE, TEXT)
 
 
 @pytest.mark.parametrize(

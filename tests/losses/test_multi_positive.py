@@ -9,7 +9,7 @@ from clipworks.losses.infonce import infonce
 from clipworks.losses.multi_positive import multi_positive
 from clipworks.pretraining.caption_pools import CaptionPools
 
-from .oracle import check_gradient, check_safe, clip, cross, pair, unit
+from .oracle import assert_gradient, assert_safe, clip, cross, pair, unit
 
 IMAGE = unit(6, 5)
 TEXTS = unit(6, 3, 5, seed=1)
@@ -25,7 +25,7 @@ def test_against_numpy():
 
 
 def test_gradient_against_differences():
-    check_gradient(multi_positive, IMAGE, TEXTS, torch.tensor(3.0))
+    assert_gradient(multi_positive, IMAGE, TEXTS, torch.tensor(3.0))
 
 
 def test_equal_texts_are_one_text_in_value_and_gradient():
@@ -63,7 +63,7 @@ def test_mean_over_local_rows_is_the_whole():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, i, t: multi_positive(i, t, scale), IMAGE, TEXTS)
+    assert_safe(lambda scale, i, t: multi_positive(i, t, scale), IMAGE, TEXTS)
 
 
 def test_mistakes_are_named():

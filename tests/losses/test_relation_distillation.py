@@ -8,7 +8,7 @@ from clipworks.errors import ClipworksError
 from clipworks.losses.infonce import infonce
 from clipworks.losses.relation_distillation import mean_log_softmax, relation_distillation
 
-from .oracle import check_gradient, check_safe, log_softmax, pair, softmax, unit
+from .oracle import assert_gradient, assert_safe, log_softmax, pair, softmax, unit
 
 U, W = pair(6, 5)
 V, Y = pair(6, 8, seed=7)  # a wider teacher
@@ -28,7 +28,7 @@ def test_against_numpy(form):
 
 @pytest.mark.parametrize("form", ["kl", "ce"])
 def test_gradient_against_differences(form):
-    check_gradient(lambda u, w, s: relation_distillation(u, w, V, Y, s, 20.0, form=form), U, W, torch.tensor(4.0))
+    assert_gradient(lambda u, w, s: relation_distillation(u, w, V, Y, s, 20.0, form=form), U, W, torch.tensor(4.0))
 
 
 def test_the_forms_differ_by_the_entropy_of_the_teacher_and_not_in_gradient():
@@ -98,7 +98,7 @@ def test_probabilities_of_several_teachers_are_averaged():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, u, w, v, y: relation_distillation(u, w, v, y, scale, scale), U, W, V, Y)
+    assert_safe(lambda scale, u, w, v, y: relation_distillation(u, w, v, y, scale, scale), U, W, V, Y)
     assert relation_distillation(U[:1], W[:1], V[:1], Y[:1], 100.0, 100.0).item() == 0.0
 
 

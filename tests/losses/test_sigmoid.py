@@ -9,7 +9,7 @@ import torch
 from clipworks.errors import ClipworksError
 from clipworks.losses.sigmoid import sigmoid
 
-from .oracle import check_gradient, check_safe, pair, softplus
+from .oracle import assert_gradient, assert_safe, pair, softplus
 
 
 def _oracle(image, text, scale, bias):
@@ -43,7 +43,7 @@ def test_without_a_matrix_of_labels():
 def test_gradient_against_differences():
     image, text = pair()
     for chunk in (None, 4):
-        check_gradient(lambda i, t, s, c, chunk=chunk: sigmoid(i, t, s, c, chunk=chunk), image, text,
+        assert_gradient(lambda i, t, s, c, chunk=chunk: sigmoid(i, t, s, c, chunk=chunk), image, text,
                        torch.tensor(3.0), torch.tensor(-2.0))  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def test_sides_and_order_of_pairs_do_not_matter():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, i, t: sigmoid(i, t, scale), *pair())
-    check_safe(lambda scale, i, t: sigmoid(i, t, scale, chunk=2), *pair())
+    assert_safe(lambda scale, i, t: sigmoid(i, t, scale), *pair())
+    assert_safe(lambda scale, i, t: sigmoid(i, t, scale, chunk=2), *pair())
     # right and very sure: softplus(z) - z would have lost it all in float32
     assert 0 < sigmoid(torch.ones(1, 1), torch.ones(1, 1), 60.0, -10.0).item() < math.exp(-49)
 

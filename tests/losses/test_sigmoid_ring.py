@@ -10,14 +10,14 @@ from clipworks.errors import ClipworksError
 from clipworks.losses.sigmoid import sigmoid
 from clipworks.losses.sigmoid_ring import sigmoid_ring
 
-from .oracle import check_gradient, check_safe, pair
+from .oracle import assert_gradient, assert_safe, pair
 
 
 def test_alone_it_is_the_plain_loss():
     image, text = pair(7)
     assert sigmoid_ring(image, text, 12.0, -5.0).item() == pytest.approx(sigmoid(image, text, 12.0, -5.0).item())
-    check_gradient(sigmoid_ring, image, text, torch.tensor(3.0), torch.tensor(-2.0))
-    check_safe(lambda scale, i, t: sigmoid_ring(i, t, scale), *pair())
+    assert_gradient(sigmoid_ring, image, text, torch.tensor(3.0), torch.tensor(-2.0))
+    assert_safe(lambda scale, i, t: sigmoid_ring(i, t, scale), *pair())
 
 
 def _inputs():

@@ -7,7 +7,7 @@ import torch
 from clipworks.errors import ClipworksError
 from clipworks.losses.simclr import simclr
 
-from .oracle import check_gradient, check_safe, log_softmax, pair
+from .oracle import assert_gradient, assert_safe, log_softmax, pair
 
 A, B = pair(6, 5)
 
@@ -39,7 +39,7 @@ def test_identical_views_have_a_closed_form():
 
 
 def test_gradient_against_differences():
-    check_gradient(lambda a, b: simclr(3 * a, b, 0.5), A, B)
+    assert_gradient(lambda a, b: simclr(3 * a, b, 0.5), A, B)
 
 
 def test_views_and_order_do_not_matter():
@@ -59,7 +59,7 @@ def test_mean_over_local_rows_is_the_whole():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, a, b: simclr(a, b, 1 / scale), A, B, scales=(1.0, 100.0, 1e4))
+    assert_safe(lambda scale, a, b: simclr(a, b, 1 / scale), A, B, scales=(1.0, 100.0, 1e4))
     a = torch.zeros(3, 4, requires_grad=True)
     simclr(a, torch.ones(3, 4)).backward()
     assert torch.isfinite(a.grad).all()

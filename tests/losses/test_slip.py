@@ -7,7 +7,7 @@ import torch
 from clipworks.errors import ClipworksError
 from clipworks.losses.slip import slip
 
-from .oracle import check_gradient, check_safe, clip, log_softmax, pair
+from .oracle import assert_gradient, assert_safe, clip, log_softmax, pair
 
 IMAGE, TEXT = pair(6, 5)
 FIRST, SECOND = pair(6, 7, seed=5)
@@ -34,7 +34,7 @@ def test_without_weight_it_is_clip():
 
 
 def test_gradient_against_differences():
-    check_gradient(lambda *x: slip(*x, temperature=0.5), IMAGE, TEXT, torch.tensor(3.0), FIRST, SECOND)
+    assert_gradient(lambda *x: slip(*x, temperature=0.5), IMAGE, TEXT, torch.tensor(3.0), FIRST, SECOND)
 
 
 def test_mean_over_local_rows_is_the_whole():
@@ -47,7 +47,7 @@ def test_mean_over_local_rows_is_the_whole():
 
 
 def test_safe_numbers():
-    check_safe(lambda scale, i, t, a, b: slip(i, t, scale, a, b), IMAGE, TEXT, FIRST, SECOND)
+    assert_safe(lambda scale, i, t, a, b: slip(i, t, scale, a, b), IMAGE, TEXT, FIRST, SECOND)
 
 
 def test_mistakes_are_named():

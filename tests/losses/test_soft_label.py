@@ -10,7 +10,7 @@ from clipworks.errors import ClipworksError
 from clipworks.losses.infonce import infonce
 from clipworks.losses.soft_label import soft_label, softened, softened_targets
 
-from .oracle import check_safe, cross, pair, softmax
+from .oracle import assert_safe, cross, pair, softmax
 
 IMAGE, TEXT = pair(6, 5)
 
@@ -87,7 +87,7 @@ def test_softening_rises_in_a_line():
 
 def test_safe_numbers():
     for spread in ("even", "similarity"):
-        check_safe(lambda scale, i, t, spread=spread: soft_label(i, t, scale, spread=spread), IMAGE, TEXT)
+        assert_safe(lambda scale, i, t, spread=spread: soft_label(i, t, scale, spread=spread), IMAGE, TEXT)
 
 
 def test_mistakes_are_named():

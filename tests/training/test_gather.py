@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from clipworks.training.gather import full_matrix, gather, local_rows, mean_over_processes, processes, rank
 
-from .toy import Pair, gradients, infonce, spawn, vectors
+from .toy import Pair, gradients, infonce, vectors
+from .toy import spawn as assert_in_processes
 
 ROWS = 4  # per process
 
@@ -54,7 +55,7 @@ def _single(count: int) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), gradients(model)
 
 
-def _compare(number: int, count: int) -> None:
+def _assert_same_gradients(number: int, count: int) -> None:
     assert (processes(), rank()) == (count, number)
     value, expected = _single(count)
     for variant in ("local", "full"):
@@ -80,12 +81,12 @@ def _compare(number: int, count: int) -> None:
 
 
 def test_two_processes_have_the_gradients_of_one():
-    spawn(_compare, 2)
+    assert_in_processes(_assert_same_gradients, 2)
 
 
 @pytest.mark.slow
 def test_four_processes_have_the_gradients_of_one():
-    spawn(_compare, 4)
+    assert_in_processes(_assert_same_gradients, 4)
 
 
 def test_one_process_gathers_nothing():
