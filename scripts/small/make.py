@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 from corpus import PLANS, plan_views, read_pairs
+from duplicates import read_excluded
 from languages import main as train_languages
 from safetensors.torch import load_file, save_file
 from texts import TEMPLATES, sentences, teacher_vectors, write
@@ -84,6 +85,11 @@ def released(parts: Path) -> tuple[EfficientNetLiteStem, torch.nn.Linear]:
 def make_views(corpus: Path, parts: Path, work: Path) -> None:
     """Take every view through the frozen half of the image tower and through the ImageNet classifier."""
     build(plan_views(corpus), corpus, *released(parts), work / "views")
+
+
+def near_copies(corpus: Path) -> set[str]:
+    """Return the images that `duplicates.py` took out, as `set/path`."""
+    return {f"{name}/{path}" for name in PLANS for path in read_excluded(corpus / name)}
 
 
 def tables(corpus: Path, parts: Path, encoder: Encoder, cache: Path) -> Tables:
@@ -137,7 +143,7 @@ def main() -> None:
         encoder.text.load_state_dict(load(work / "text" / "model.safetensors").text.state_dict())
         known = tables(corpus, parts, encoder, work / "tables.safetensors")
         train_image(encoder, work / "views", known, released(parts)[1], work / "image", epochs=options.image_epochs,
-                    batch_size=options.batch_size, **shared)  # fmt: skip
+                    batch_size=options.batch_size, left_out=near_copies(corpus), **shared)  # fmt: skip
     if "languages" in options.only:
         encoder = load(work / "image" / "ema.safetensors")
         train_languages(encoder, parts, work / "texts", work / "languages", **shared)

@@ -3,7 +3,8 @@
 The text vectors stand still (Zhai et al. 2022, LiT, with the sides exchanged), so every loss is a classification
 against a table of vectors, and the batch may be small:
 
-- names: cross-entropy over all class names of the corpus and of ImageNet; names that mean the same share the target;
+- names: cross-entropy over the class names that images were given; names that mean the same share the target. Names
+  that no image shows are not among the wrong answers, or the tower would learn never to say them;
 - captions: cross-entropy over the own caption, those of the batch and others drawn from all captions (InfoNCE);
 - classifier: what the ImageNet classifier said of the undisturbed view, 1000 probabilities against the 1000 class names
   (distillation of logits), also for images of other classes, sketches and thumbnails of photographs.
@@ -14,7 +15,7 @@ Gradients stop at the middle of the stem, whose maps were computed once (`views.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,13 @@ class Tables:
         self.caption_place = {caption: i for i, caption in enumerate(captions)}
         self.names, self.captions = name_rows, caption_rows
         self.imagenet = name_rows[[self.name_place[name] for name in imagenet]]
-        self.same = (60 * name_rows @ name_rows.T).softmax(1)  # who shares the target with whom
+
+    def to(self, device: torch.device) -> Tables:
+        """Move the vectors to a device."""
+        self.names, self.captions, self.imagenet = (
+            rows.to(device) for rows in (self.names, self.captions, self.imagenet)
+        )
+        return self
 
 
 class PlaceRecipe:
@@ -60,6 +67,8 @@ class PlaceRecipe:
         pool: int = 1024,
     ):  # fmt: skip
         self.views, self.tables, self.weights, self.pool_size = views, tables, weights, pool
+        self.shown = sorted({tables.name_place[view.texts[0]] for view in views if view.named})
+        self.same = (60 * tables.names[self.shown] @ tables.names[self.shown].T).softmax(1)  # who shares whose target
         self.maps = np.load(folder / "maps.npy", mmap_mode="r")
         self.teacher = np.load(folder / "teacher.npy", mmap_mode="r")
 
@@ -70,11 +79,12 @@ class PlaceRecipe:
     def batch(self, items: Sequence[Any], step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """Return maps, the place of the text among names or captions (-1: it has none), and the classifier's answer."""
         rows = [int(item.key) for item in items]
+        column = {place: i for i, place in enumerate(self.shown)}
         shared = torch.from_numpy(rng.choice(len(self.tables.captions), self.pool_size, replace=False))
         name, caption = [], []
         for row, draw in zip(rows, rng.spawn(len(rows)), strict=True):
             view = self.views[row]
-            name.append(self.tables.name_place[view.texts[0]] if view.named else -1)
+            name.append(column[self.tables.name_place[view.texts[0]]] if view.named else -1)
             known = [self.tables.caption_place[t] for t in view.texts if t in self.tables.caption_place]
             caption.append(known[draw.integers(len(known))] if known and not view.named else -1)
         maps = torch.from_numpy(self.maps[rows].astype(np.float32)).permute(0, 3, 1, 2)
@@ -85,15 +95,16 @@ class PlaceRecipe:
     def forward(self, encoder: Encoder, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.autocast(batch["pixels"].device.type, torch.bfloat16):
             image, scale = encoder.encode_image(batch["pixels"]), encoder.log_scale.exp()
-        count, tables = len(image), self.tables
+        count, tables = len(image), self.tables.to(image.device)
         named, told, photo = batch["name"] >= 0, batch["caption"] >= 0, batch["photo"]
-        target = tables.same[batch["name"][named]]
-        names = F.cross_entropy(scale * image[named] @ tables.names.T, target, reduction="sum")
+        target = self.same[batch["name"][named].cpu()].to(image.device)
+        names = F.cross_entropy(scale * image[named] @ tables.names[self.shown].T, target, reduction="sum")
         own = batch["caption"][told]
-        table = torch.cat([own, batch["others"]])
+        table, place = torch.cat([own, batch["others"]]), torch.arange(len(own), device=image.device)
         logits = scale * image[told] @ tables.captions[table].T
-        again = (table[None] == own[:, None]) & ~torch.eye(len(own), len(table), dtype=torch.bool)
-        captions = F.cross_entropy(logits.masked_fill(again, -torch.inf), torch.arange(len(own)), reduction="sum")
+        again = table[None] == own[:, None]
+        again[place, place] = False
+        captions = F.cross_entropy(logits.masked_fill(again, -torch.inf), place, reduction="sum")
         said = (scale * image[photo] @ tables.imagenet.T).log_softmax(1)
         classifier = F.kl_div(said, batch["teacher"][photo].log_softmax(1), log_target=True, reduction="sum")
         values = {"names": names, "captions": captions, "classifier": classifier}
@@ -106,7 +117,10 @@ def fit(encoder: Encoder, recipe: PlaceRecipe, classifier: torch.nn.Linear, most
 
     The stem's 1280 channels become the 384 directions in which the classifier's answers vary most on these images; the
     memory's keys are its weights there, its values the vectors of the class names about their mean. The projection is a
-    ridge regression of what is then missing to the vectors of names and captions.
+    ridge regression of what is then missing to the vectors of names and captions. Both are multiplied so that the
+    projection's weights have the usual size of a beginning, 1 / sqrt(width): the vectors' length means nothing to the
+    losses, but steps of the usual learning rate would make a smaller projection outgrow the memory, which stands still
+    and alone knows of classes that no training image shows.
     """
     visual, tables, stem = encoder.visual.eval(), recipe.tables, encoder.visual.stem
     chosen = range(min(most, len(recipe.views)))
@@ -134,20 +148,28 @@ def fit(encoder: Encoder, recipe: PlaceRecipe, classifier: torch.nn.Linear, most
     recalled = torch.cat([encoder.encode_image(x, normalize=False) for x in maps])[known]
     visual.projection.weight.copy_(torch.eye(*visual.projection.weight.shape))
     pooled = torch.cat([encoder.encode_image(x, normalize=False) for x in maps])[known] - recalled
-    visual.projection.weight.copy_(ridge(pooled[:, :width], torch.stack(target) - recalled, 1e-2).T)
+    projection = ridge(pooled[:, :width], torch.stack(target) - recalled, 1e-2).T
+    size = width**-0.5 / projection.square().mean().sqrt()
+    visual.projection.weight.copy_(size * projection)
+    visual.memory.values.weight.mul_(size)
 
 
 def main(
     encoder: Encoder, folder: Path, tables: Tables, classifier: torch.nn.Linear, out: Path, *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0), epochs: float = 1.4, batch_size: int = 256, **options: Any,
+    weights: Sequence[float] = (1.0, 1.0, 1.0), epochs: float = 1.4, batch_size: int = 256,
+    left_out: Collection[str] = (), **options: Any,
 ) -> TrainReport:  # fmt: skip
-    """Train the image tower above the middle of its stem; text tower and memory stay. Options are those of `train`."""
+    """Train the image tower above the middle of its stem; text tower and memory stay.
+
+    Views of images in `left_out` (near-copies that were found after the views were made) are passed over. Options are
+    those of `train`.
+    """
     usual = {"lr": 8e-4, "weight_decay": 0.05, "warmup": 50, "layer_decay": 0.6, "ema": 0.995, "save_every": 100}
     views = [View(**view) for view in json.loads((folder / "views.json").read_text(encoding="utf-8"))]
     recipe = PlaceRecipe(views, folder, tables, weights)
     fit(encoder, recipe, classifier)
     still = ["text.*", "visual.memory.*"] + [f"visual.stem.body.{i}.*" for i in range(encoder.visual.stem.middle)]
-    items = [(str(i), "-") for i in range(len(views))]
+    items = [(str(i), "-") for i, view in enumerate(views) if view.path not in left_out]
     usual["steps"] = round(epochs * len(items) / batch_size)
     return train(items, encoder, out=out, recipe=recipe, freeze=still, clip=1.0,
                  batch_size=batch_size, **usual | options)  # fmt: skip
