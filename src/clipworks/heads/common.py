@@ -303,17 +303,17 @@ def class_words(text: Any, y: np.ndarray, dim: int, made_by: str = "") -> tuple[
     raise ClipworksError(f"text must have one row per class ({len(seen)} labels in y). Got {len(vectors)} rows.")
 
 
-def check_text(text: Any, dim: int, made_by: str = "") -> np.ndarray:
+def check_text(text: Any, dim: int, made_by: str = "", name: str = "text") -> np.ndarray:
     """Return word vectors as unit rows in float64, or raise where they cannot belong to vectors of `dim` columns."""
     given = fingerprint(text)
     if given and made_by and given != made_by:
-        raise ClipworksError(f"text must come from the encoder of x, {made_by[:12]}. Got {given[:12]}.")
+        raise ClipworksError(f"{name} must come from the encoder of x, {made_by[:12]}. Got {given[:12]}.")
     try:
-        vectors = check_array(as_array(text), dtype=np.float64, input_name="text")
+        vectors = check_array(as_array(text), dtype=np.float64, input_name=name)
     except ValueError as error:
         raise ClipworksError(str(error)) from error
     if vectors.shape[1] != dim:
-        raise ClipworksError(f"text must have the {dim} columns of x. Got {vectors.shape[1]}.")
+        raise ClipworksError(f"{name} must have the {dim} columns of x. Got {vectors.shape[1]}.")
     return unit(vectors)
 
 
