@@ -164,7 +164,7 @@ def test_training_is_adamw_on_the_cross_entropy_of_the_logits():
 
 def test_training_lowers_the_loss_and_the_search_sees_no_image_it_trained_on():
     x, y, words = shots(per_class=5, noise=1.8, word_noise=1.6)
-    head = TipAdapter(text=words, finetune=True, folds=3, epochs=40, rate=0.01, **GRID).fit(x, y)
+    head = TipAdapter(text=words, finetune=True, folds=3, epochs=40, lr=0.01, **GRID).fit(x, y)
     plain = TipAdapter(text=words, alpha=head.alpha_, beta=head.beta_).fit(x, y)
 
     def loss(h):
@@ -174,7 +174,7 @@ def test_training_lowers_the_loss_and_the_search_sees_no_image_it_trained_on():
     assert loss(head) < loss(plain)
     fold = fold_numbers(y, np.arange(len(y)), 3)
     parts = [(fold != k, fold == k) for k in range(3)]
-    settings = dict(text=words, finetune=True, epochs=40, rate=0.01)
+    settings = dict(text=words, finetune=True, epochs=40, lr=0.01)
     trained = [TipAdapter(alpha=1.17, beta=1.0, **settings).fit(x[a], y[a]).keys_ for a, _ in parts]
     owner = [np.sort(y[a]) for a, _ in parts]
     order = np.concatenate([np.flatnonzero(b) for _, b in parts])

@@ -46,7 +46,7 @@ class TipAdapter(Head):
     finetune : train the keys (Tip-Adapter-F)
     alphas, betas : values to try; among equals the smallest beta, then the smallest alpha
     folds : parts of the shots that are left out in turn where keys are trained
-    epochs, rate, batch_size : of the training: AdamW with a cosine schedule (20, 1e-3, 256: release)
+    epochs, lr, batch_size : of the training: AdamW with a cosine schedule (20, 1e-3, 256: release)
     seed : of the order of the shots in training
 
     Attributes
@@ -87,18 +87,18 @@ class TipAdapter(Head):
         betas: Sequence[float] = BETAS,
         folds: int = 5,
         epochs: int = 20,
-        rate: float = 1e-3,
+        lr: float = 1e-3,
         batch_size: int = 256,
         seed: int = 0,
     ):
         self.text, self.alpha, self.beta, self.alphas, self.betas = text, alpha, beta, alphas, betas
-        self.finetune, self.folds, self.epochs = finetune, folds, epochs
-        self.rate, self.batch_size, self.seed = rate, batch_size, seed
+        self.finetune, self.folds, self.epochs, self.lr = finetune, folds, epochs, lr
+        self.batch_size, self.seed = batch_size, seed
 
     def _learn(self, shots: Shots) -> Choice:
         betas, alphas = grid("beta", self.beta, self.betas), grid("alpha", self.alpha, self.alphas)
         alphas = (1.0,) if self.text_ is None else alphas
-        for name, low in (("folds", 2), ("epochs", 0), ("rate", 0), ("batch_size", 1)):
+        for name, low in (("folds", 2), ("epochs", 0), ("lr", 0), ("batch_size", 1)):
             check_range(name, getattr(self, name), low)
         choice, held = self._choice(shots.held), []
         cache = Cache.of(shots)
@@ -134,7 +134,7 @@ class TipAdapter(Head):
         keys, owners = torch.tensor(cache.keys, dtype=torch.float32, requires_grad=True), torch.tensor(cache.owners)
         beta = START[0] if self.beta is None else self.beta
         alpha = START[1] if self.alpha is None or self.text_ is None else self.alpha
-        optimizer = torch.optim.AdamW([keys], lr=self.rate, eps=1e-4)
+        optimizer = torch.optim.AdamW([keys], lr=self.lr, eps=1e-4)
         steps = self.epochs * -(-len(x) // self.batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         dice = torch.Generator().manual_seed(self.seed)
