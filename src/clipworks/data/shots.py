@@ -93,12 +93,12 @@ def few_shots(
     return train, draw(data.y, rest, min(shots, VALIDATION), rng)
 
 
-def test_rows(data: LabelledSet, most: int | None, seed: int = 0) -> np.ndarray:
-    """Rows to test on: all, or a subset of `most` that depends on the set and this seed alone."""
-    rows = np.sort(data.parts["test"])
+def subset(rows: np.ndarray, most: int | None, seed: int = 0) -> np.ndarray:
+    """All of the rows, sorted, or `most` of them that depend on the rows and the seed alone."""
+    rows = np.sort(rows)
     if most is None or len(rows) <= most:
         return rows
-    check_range("test_images", most, 1)
+    check_range("most", most, 1)
     return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
 
 
@@ -113,7 +113,9 @@ def base_and_new(classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def long_tail(classes: int, shots: int, ratio: float, seed: int) -> list[int]:
-    """Images of each class falling geometrically from `shots` to `shots` / `ratio` (at least 1), classes in random order.
+    """Images of each class from `shots` down to `shots` / `ratio` in equal ratios, never below 1.
+
+    Which class has many is drawn by the seed.
 
     >>> sorted(long_tail(5, 16, 16, seed=0))
     [1, 2, 4, 8, 16]

@@ -1,0 +1,1 @@
+"""The benchmark: every method on features, on any labelled set, by the field's protocols."""
