@@ -83,14 +83,15 @@ class VisionTransformer(nn.Module):
         self.projection = nn.Linear(width, dim, bias=False) if config.projection else nn.Identity()
         self.memory = Memory(width, config.memory, dim) if config.memory else None
 
-    def forward(self, pixels: torch.Tensor, **seams) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor | None = None, **seams) -> torch.Tensor:
         """(B, 3, H, W) to (B, dim), not normalised; `seams` as in `run`."""
         return self.run(pixels, **{"whole": False, **seams}).pooled
 
     def run(
         self,
-        pixels: torch.Tensor,
+        pixels: torch.Tensor | None = None,
         *,
+        embeddings: torch.Tensor | None = None,
         prompts: Mapping[int, torch.Tensor] | None = None,
         attention: Mapping[int, Rule] | None = None,
         keep: torch.Tensor | None = None,
@@ -107,6 +108,7 @@ class VisionTransformer(nn.Module):
         Parameters
         ----------
         pixels : (B, 3, H, W), preprocessed; for sizes other than the trained one positions are interpolated
+        embeddings : (B, width, h, w) in the place of pixels, what `stem` gave for them: kept, it need not run again
         prompts : layer -> (n, width) or (B, n, width), put behind the class token as that block's input; a later
             layer's prompts take the place of the earlier ones' outputs. They carry no position and have not been
             through `norm_pre`: a method whose paper does that applies `visual.norm_pre` itself.
@@ -126,7 +128,13 @@ class VisionTransformer(nn.Module):
         -------
         `TowerOutput`
         """
-        x, stem = self._stem(pixels, output_stem)
+        stem: dict[int, torch.Tensor] = {}
+        if pixels is not None and embeddings is None:
+            x, stem = self._stem(pixels, output_stem)
+        elif pixels is None and embeddings is not None:
+            x = embeddings.to(self.positions.dtype)
+        else:
+            raise ClipworksError("one of pixels and embeddings must be given, and not both.")
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2).contiguous()
         recalled = None if self.memory is None else self.memory(_seen(x, keep, mask))
