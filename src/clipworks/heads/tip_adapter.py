@@ -100,18 +100,18 @@ class TipAdapter(Head):
         alphas = (1.0,) if self.text_ is None else alphas
         for name, low in (("folds", 2), ("epochs", 0), ("lr", 0), ("batch_size", 1)):
             check_range(name, getattr(self, name), low)
-        choice, held = self._choice(shots.held), []
-        cache = Cache.of(shots)
+        choice, cache = self._choice(shots.held), Cache.of(shots)
+        held: list[Asked] = []
         if self.finetune:
             splits = shots.splits(self.folds)
             choice = self._choice(*splits)
             for rows, x, y in splits if shots.validation is None else ():
                 part = Shots(shots.x[rows], shots.y[rows], shots.classes, shots.groups[rows])
-                held += self._trained(Cache.of(part), part).blocks(x, y, self.text_)
+                held += self._trained(Cache.of(part), part).blocks(x, y, text=self.text_)
             cache = self._trained(cache, shots)
         if not self.finetune or shots.validation is not None:
             own = shots.images[shots.testable] if shots.validation is None else None
-            held += cache.blocks(*shots.held, self.text_, own)
+            held += cache.blocks(*shots.held, own, self.text_)
         self.keys_, self.owners_, self.beta_ = cache.keys, cache.owners, betas[0] if len(betas) == 1 else START[0]
         if held:
             self.beta_, alpha = search(held, betas, alphas)
@@ -176,7 +176,7 @@ class Cache:
         return cls(unit(sums), shots.y[first], shots.classes)
 
     def blocks(
-        self, x: np.ndarray, y: np.ndarray | None = None, text: np.ndarray | None = None, own: np.ndarray | None = None
+        self, x: np.ndarray, y: np.ndarray | None = None, own: np.ndarray | None = None, text: np.ndarray | None = None
     ) -> Iterator[Asked]:
         """Images asked about, some at a time; `own` are their own keys, which do not vote for them."""
         size = max(1, CELLS // len(self.keys))
@@ -235,8 +235,8 @@ def search(held: Sequence[Asked], betas: Sequence[float], alphas: Sequence[float
             chosen = slice(start, start + step)
             votes = np.stack([part.votes(beta) for beta in betas[chosen]])
             right[chosen] += count_right(part.zero, votes, part.y, alphas)
-    best = np.unravel_index(right.argmax(), right.shape)
-    return betas[best[0]], alphas[best[1]]
+    beta, alpha = divmod(int(right.argmax()), len(alphas))
+    return betas[beta], alphas[alpha]
 
 
 def count_right(base: np.ndarray, slope: np.ndarray, y: np.ndarray, weights: Sequence[float]) -> np.ndarray:
