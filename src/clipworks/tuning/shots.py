@@ -1,0 +1,79 @@
+"""Labelled or captioned images for the methods of this room: checked, and in the form that the training loop takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.item import Item
+from ..errors import ClipworksError, check_range, closest
+
+
+@dataclass
+class Shots:
+    """Images that passed the checks.
+
+    Attributes
+    ----------
+    items : images with `label`, the number of the class as text, or with `caption`
+    table : label -> class name; None where the images have captions
+    """
+
+    items: list[Item]
+    table: dict[str, str] | None
+
+    def steps(self, per_shot: float) -> int:
+        """Return the optimizer steps of a protocol that counts them per image of a class, at least one."""
+        check_range("steps_per_shot", per_shot, 0)
+        classes = len({item.label for item in self.items})
+        return max(1, round(per_shot * len(self.items) / classes))
+
+
+def labelled(images: Sequence[Any], codes: np.ndarray, names: Sequence[str]) -> Shots:
+    """Return shots of images with class numbers."""
+    items = [Item(str(i), x, label=str(c)) for i, (x, c) in enumerate(zip(images, codes.tolist(), strict=True))]
+    return Shots(items, {str(i): name for i, name in enumerate(names)})
+
+
+def captioned(images: Sequence[Any], texts: Sequence[str]) -> Shots:
+    """Return shots of images with a text each."""
+    if blank := [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]:
+        raise ClipworksError(f"y must hold a text for every image. Number {blank[0]} is {texts[blank[0]]!r}.")
+    return Shots([Item(str(i), x, caption=t) for i, (x, t) in enumerate(zip(images, texts, strict=True))], None)
+
+
+def class_numbers(argument: str, labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return the position of every label among the classes, or raise naming one that is not there."""
+    place = {label: i for i, label in enumerate(classes.tolist())}
+    try:
+        return np.array([place[label] for label in labels.tolist()], dtype=np.intp)
+    except (KeyError, TypeError):
+        bad = next(label for label in labels.tolist() if not isinstance(label, int | str) or label not in place)
+        allowed = "names" if classes.dtype.kind == "U" else f"numbers from 0 to {len(place) - 1}"
+        raise ClipworksError(f"{argument} must hold {allowed}. Got {bad!r}.{closest(bad, place)}") from None
+
+
+def check_images(images: Any) -> list[Any]:
+    """Return images as a list, after the checks that need no decoding."""
+    images = as_given(images)
+    if isinstance(images, torch.Tensor) and images.is_floating_point():
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ClipworksError(f"images must have the shape (n, 3, H, W). Got {tuple(images.shape)}.")
+        if not bool(torch.isfinite(images).all()):
+            raise ClipworksError("images must be finite. Got NaN or infinity.")
+    elif not hasattr(images, "__len__") or isinstance(images, str | bytes | bytearray | os.PathLike):
+        raise ClipworksError(f"images must be a list of images. Got {type(images).__name__}.")
+    if len(images) == 0:
+        raise ClipworksError("images must hold at least one image. Got none.")
+    return list(images.numpy()) if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 else list(images)
+
+
+def as_given(images: Any) -> Any:
+    """Return an array of preprocessed pixels as a tensor, everything else as it is."""
+    real = isinstance(images, np.ndarray) and images.dtype.kind == "f"
+    return torch.from_numpy(np.ascontiguousarray(images)) if real else images
