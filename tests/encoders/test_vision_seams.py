@@ -402,17 +402,3 @@ def test_gradients_flow_where_asked_and_nowhere_else():
 def test_messages(seams, message):
     with pytest.raises(ClipworksError, match=message):
         make("clip")[0].run(tiny.pixels(), **seams)
-
-
-def test_tokens_of_the_stem_stand_for_pixels():
-    encoder, x = tiny.encoder(), tiny.pixels()
-    with torch.no_grad():
-        tokens = encoder.visual.stem(x)
-        kept = torch.tensor([[0, 5, 7], [1, 2, 3]])
-        for seams in ({}, {"keep": kept}, {"attention": {-1: "vv"}}):
-            torch.testing.assert_close(
-                encoder.visual.run(stem_tokens=tokens, **seams).pooled, encoder.visual.run(x, **seams).pooled
-            )
-    for given in ({}, {"pixels": x, "stem_tokens": tokens}):
-        with pytest.raises(ClipworksError, match="one of pixels and stem_tokens"):
-            encoder.visual.run(**given)

@@ -135,7 +135,8 @@ class EfficientNetLiteStem(nn.Module):
         """
         for side in sides:
             check_choice("output_stem", side, self.ends)
-        x, found = pixels.contiguous(memory_format=torch.channels_last), {}
+        x = pixels.contiguous(memory_format=torch.channels_last)
+        found: dict[int, torch.Tensor] = {}
         for number, block in enumerate(self.body, 1):
             x = block(x)
             found.update((side, x) for side in sides if self.ends[side] == number)

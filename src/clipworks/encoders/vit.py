@@ -130,7 +130,7 @@ class VisionTransformer(nn.Module):
         """
         stem: dict[int, torch.Tensor] = {}
         if pixels is not None and embeddings is None:
-            x, stem = self._stem(pixels, stem_tokens, output_stem)
+            x, stem = self._stem(pixels, output_stem)
         elif pixels is None and embeddings is not None:
             x = embeddings.to(self.positions.dtype)
         else:
@@ -188,14 +188,8 @@ class VisionTransformer(nn.Module):
         x = self.projection(x)
         return x if embedded is None or self.memory is None else x + self.memory(embedded)
 
-    def _stem(
-        self, pixels: torch.Tensor | None, tokens: torch.Tensor | None, sides: Sequence[int]
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    def _stem(self, pixels: torch.Tensor, sides: Sequence[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """First tokens as a map, and the earlier maps asked for."""
-        if (pixels is None) == (tokens is None) or (sides and pixels is None):
-            raise ClipworksError("one of pixels and stem_tokens must be given, pixels for output_stem.")
-        if pixels is None:
-            return torch.as_tensor(tokens), {}
         if not sides:
             return self.stem(pixels), {}
         if not hasattr(self.stem, "maps"):
