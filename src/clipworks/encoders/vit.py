@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -192,10 +193,11 @@ class VisionTransformer(nn.Module):
         """First tokens as a map, and the earlier maps asked for."""
         if not sides:
             return self.stem(pixels), {}
-        if not hasattr(self.stem, "maps"):
+        stem: Any = self.stem
+        if not hasattr(stem, "maps"):
             raise ClipworksError(f"output_stem needs a convolutional stem; {self.config.stem!r} has no earlier maps. "
                                  f"Got {tuple(sides)!r}.")  # fmt: skip
-        return self.stem.maps(pixels, sides)
+        return stem.maps(pixels, sides)
 
     def _table(self, table: torch.Tensor, cells: int, grid: tuple[int, int]) -> torch.Tensor:
         """The table for this grid: as it is if it has the rows, else interpolated from the trained grid."""
