@@ -214,7 +214,8 @@ def _jobs(
             ready[id(trial.tests)] = {name: (cache.vectors(t.data, t.rows), t.y, said_by(t), t.classes)
                                       for name, t in trial.tests.items()}  # fmt: skip
         tests = {name: (*given, given[3] == trial.classes) for name, given in ready[id(trial.tests)].items()}
-        facts = {"encoder": encoder.fingerprint, "split": split.digest, "data": _digest_of(trial), "state": state}
+        facts = {"encoder": encoder.fingerprint, "split": split.digest, "data": _digest_of(trial),
+                 "classes": len(trial.data.classes), "state": state}  # fmt: skip
         for one in taking_part:
             if one.learns != bool(trial.setting["shots"]) or not (one.learns or one.draws or trial.seed == first):
                 continue

@@ -100,15 +100,16 @@ def grouped(runs: Iterable[Run], *by: str) -> dict[tuple, list[Run]]:
     return out
 
 
-def curve(runs: Iterable[Run]) -> dict[int, Mean]:
-    """Shots -> mean over seeds; of several sets or settings their mean per seed first, so that the spread is that of
-    the average."""
+def curve(runs: Iterable[Run], blocks: int = 1) -> dict[int, Mean]:
+    """Shots -> mean over seeds. Of several sets or settings the mean of each seed comes first, so that the spread is
+    that of the average; a seed that lacks one of the `blocks` does not count.
+    """
     out = {}
     for (shots,), own in sorted(grouped(runs, "shots").items()):
-        per_seed = grouped(own, "seed")
-        full = max(len({(r.data, r.setting) for r in g}) for g in per_seed.values())
-        whole = [[r.value for r in g] for g in per_seed.values() if len({(r.data, r.setting) for r in g}) == full]
-        out[shots] = Mean.of([float(np.mean(values)) for values in whole])
+        per_seed = [list(group.values()) for group in ({(r.data, r.setting): r.value for r in g}
+                    for g in grouped(own, "seed").values()) if len(group) >= blocks]  # fmt: skip
+        if per_seed:
+            out[shots] = Mean.of([float(np.mean(values)) for values in per_seed])
     return out
 
 
