@@ -18,6 +18,7 @@ _PUBLIC = {
     "Collection": "store.collection",
     "search": "store.search",
     "classify": "zeroshot.classify",
+    "segment": "segment.segmenter",
     "methods": "registry",
     "get_method": "registry",
     "BadImage": "errors",
