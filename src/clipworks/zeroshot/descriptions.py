@@ -170,8 +170,11 @@ class PairDescriptions:
 
     def write(self, path: str | Path) -> None:
         """Write a JSON file: a list of {"names": [a, b], "sentences": [[for a, for b], ...]}."""
-        rows = [{"names": list(key), "sentences": [list(s) for s in told]} for key, told in sorted(self._pairs.items())]
-        Path(path).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(self.as_rows(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def as_rows(self) -> list[dict[str, list]]:
+        """The content of the file, sorted by names."""
+        return [{"names": list(key), "sentences": [list(s) for s in told]} for key, told in sorted(self._pairs.items())]
 
     @classmethod
     def read(cls, path: str | Path) -> PairDescriptions:
