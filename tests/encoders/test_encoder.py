@@ -233,3 +233,14 @@ def test_the_fingerprint_knows_everything_that_decides_a_vector(encoder):
     other.text.positions.data.add_(1)  # the one kind of change that cannot be seen
     assert other.refresh() != before
     assert other.fingerprint == other.refresh()
+
+
+def test_texts_in_float64_stay_float64():
+    from clipworks.encoders.tokenizers.bpe import CLIPTokenizer
+    from clipworks.encoders.toy import toy_encoder
+
+    model = toy_encoder(tokenizer=CLIPTokenizer())
+    single = model.texts(["a cat", "two old dogs"])
+    double = model.double().texts(["a cat", "two old dogs"])
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single, atol=1e-5, rtol=0)

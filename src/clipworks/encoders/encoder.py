@@ -244,7 +244,7 @@ class Encoder(nn.Module):
                 for part in order.split(batch_size)
             ]
         # filled outside inference mode: the result may then be used where gradients are computed
-        rows = torch.empty(len(tokens), self.dim)
+        rows = torch.empty(len(tokens), self.dim, dtype=parts[0].dtype)
         rows[order] = torch.cat(parts)
         return rows
 
