@@ -1,4 +1,4 @@
-"""`clipworks classify`: images into classes that are given by their names."""
+"""`clipworks classify`: images into classes that are given by their names, by a few labelled images, or by both."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ClipworksError
+from ._classified import show
 from ._command import command
-from ._output import Csv, Json, Sheet, check_sheet, emit, note
+from ._output import Csv, Json, Sheet, check_sheet, note
 
 SOURCE = "A collection, or images: folder, table, list, archive, video."
-NAMES = "Class names, separated by commas, or a text file (.txt) with one name per line."
+NAMES = "Class names, separated by commas, or a text file (.txt) with one name per line; default: the shots' labels."
+SHOTS = "A few labelled images: a folder with one folder per class, a table with a label column, a collection."
 PER_CLASS = 5  # images of each class on a sheet
 TEMPLATES = (
     "Sentence with {} for the name, name of a set (default, simple, name, imagenet), or a text file (.txt) with one "
@@ -24,7 +26,11 @@ TEMPLATES = (
 def classify(
     source: Annotated[str, typer.Argument(metavar="COLLECTION|SOURCE", help=SOURCE)],
     *,
-    names: Annotated[str, typer.Option("--names", metavar="A,B,C", help=NAMES)],
+    names: Annotated[str | None, typer.Option("--names", metavar="A,B,C", help=NAMES)] = None,
+    shots: Annotated[str | None, typer.Option("--shots", metavar="SOURCE", help=SHOTS)] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print what speaks for each class; of auto the leaderboard too.")
+    ] = False,
     templates: Annotated[
         list[str] | None, typer.Option("--templates", metavar="TEXT", help=TEMPLATES, show_default=False)
     ] = None,
@@ -35,23 +41,27 @@ def classify(
     csv: Csv = False,
     **options: Any,
 ) -> int:
-    """Sort images into classes by the names of the classes, without training.
+    """Sort images into classes by the names of the classes, or by a few labelled images.
+
+    \b
+    With names alone nothing is trained. With --shots, --method auto compares all methods on the shots and takes the
+    simplest that does as well as the best; `clipworks methods heads` and `zeroshot` list them.
 
     \b
     Examples:
       clipworks classify photos --names cat,dog,bird --sheet classes.png
       clipworks classify photos.collection --names names.txt --templates "a photo of a {}, a type of pet." --csv
+      clipworks classify photos --names cat,dog,bird --shots labelled --explain
+      clipworks classify photos --shots labelled --method ridge
+      clipworks classify photos --names hen,cat --method classify_by_description --descriptions told.json --explain
     """
     from ..zeroshot.classify import classify as work
 
     check_sheet(sheet)
     if templates:
         options["templates"] = _templates(templates)
-    result = work(source, lines(names) if names.endswith(".txt") else words(names), **options)
-    rows = _counts(result) if counts else result.as_rows(top)
-    emit(rows, as_json=json, as_csv=csv, empty="no image could be classified")
-    for error in result.errors:
-        note(f"clipworks: left out: {error}")
+    result = work(source, _names(names), shots=shots, explain=explain, **options)
+    show(result, top=top, counts=counts, explain=explain, as_json=json, as_csv=csv)
     if sheet:
         from ..plot.sheet import classification_sheet, save_sheet
 
@@ -59,6 +69,16 @@ def classify(
         page = classification_sheet(result, _pictures(source, result), note=below, per_class=PER_CLASS)
         note(f"sheet: {save_sheet(page, sheet)}")
     return 1 if result.errors and not result.keys else 0
+
+
+def _names(given: str | None) -> list[str] | None:
+    """At least two class names, or None where the shots have them."""
+    if given is None:
+        return None
+    found = lines(given) if given.endswith(".txt") else [word.strip() for word in given.split(",")]
+    if len(found) == 1:
+        raise ClipworksError(f"names must hold at least 2 classes to choose between. Got {found[0]!r} alone.")
+    return found
 
 
 def words(text: str) -> list[str]:
@@ -80,12 +100,6 @@ def _templates(given: list[str]) -> list[str]:
     from ..zeroshot.templates import resolve_templates
 
     return [t for entry in given for t in (lines(entry) if entry.endswith(".txt") else resolve_templates(entry))]
-
-
-def _counts(result: Any) -> list[dict[str, Any]]:
-    labels = result.labels
-    found = [{"label": name, "images": labels.count(name)} for name in result.names]
-    return sorted(found, key=lambda row: -row["images"])
 
 
 def _pictures(source: str, result: Any) -> Any:

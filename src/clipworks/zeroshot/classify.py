@@ -1,8 +1,12 @@
-"""Sort images into classes given by their names: a collection, features, or images that were not embedded yet."""
+"""Sort images into classes given by their names, by a few labelled images, or by any method that uses either.
+
+A collection, features, or images that were not embedded yet. Names alone need no image in memory at a time but its
+batch; the other methods (`by_name`) read the features of all images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +15,7 @@ import numpy as np
 from ..errors import BadImage, ClipworksError, check_range
 from ..types import Classification, Features
 from .classifier import check_names, class_vectors
+from .seen import collection_of, image_features, labelled_features, length
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
@@ -21,8 +26,13 @@ CHUNK = 65536  # rows of features at a time
 
 def classify(
     source: Any,
-    names: Sequence[str],
+    names: Sequence[str] | None = None,
     *,
+    shots: str | Path | Features | Collection | None = None,
+    method: str | None = None,
+    descriptions: str | Path | Mapping[str, Any] | None = None,
+    explain: bool = False,
+    budget: float | None = None,
     encoder: str | Encoder | None = None,
     templates: str | Sequence[str] = "default",
     scale: float | None = None,
@@ -32,12 +42,18 @@ def classify(
     on_error: str = "report",
     progress: bool | None = None,
 ) -> Classification:
-    """Give every image the probability of each class, from the class names alone.
+    """Give every image the probability of each class, from the class names alone or with labelled images.
 
     Parameters
     ----------
     source : a collection or its path, `Features`, or images as `open_source` takes them (folder, table, list ...)
-    names : class names in words a reader would use
+    names : class names in words a reader would use (default: the labels of the shots)
+    shots : a few labelled images: a folder with one folder per class, a table with a label column, a collection or
+        `Features` with labels
+    method : any classifier by name, such as auto, ridge, gda, fudd (default: zero_shot; with shots auto, which chooses)
+    descriptions : JSON file of what the method is told of the classes, {"hen": ["a red comb", ...], ...}
+    explain : say of each image what speaks for its class
+    budget : auto: seconds after which no further method is tried
     encoder : a name, a path or an encoder (default: the one that made the collection; for images the bundled one)
     templates : name of a set (default, simple, name, imagenet), a sentence with {} for the name, or several
     scale : sharpness of the probabilities (default: the encoder's logit scale); the order of classes does not change
@@ -48,7 +64,8 @@ def classify(
 
     Returns
     -------
-    Classification, in the order of the source (collections: by key)
+    Classification, in the order of the source (collections: by key); for a method other than the plain one a
+    `by_name.Decision`, with the reasons, the leaderboard and the shots that could not be used
 
     Raises
     ------
@@ -67,10 +84,18 @@ def classify(
     >>> classify(features, ["cat", "dog"], encoder=Toy()).labels
     ['cat', 'dog']
     """
-    names = check_names(names)
-    kept = _collection(source)
+    if names is None and shots is None:
+        raise ClipworksError("names must be given, or shots whose labels are the names. Got neither.")
+    names = None if names is None else check_names(names)
+    kept = collection_of(source)
     if kept is None and where is not None:
         raise ClipworksError(f"where applies to collections only. Got {where!r}.")
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_error": on_error, "progress": progress}
+    if names is None or shots is not None or method not in (None, "zero_shot") or descriptions is not None or explain:
+        told = {"descriptions": descriptions, "templates": templates, "scale": scale, "budget": budget}
+        return _by_method(source, kept, names, encoder, shots, method, where, told | {"explain": explain}, options)
+    if budget is not None:
+        raise ClipworksError("budget must be left out where only one method is tried.")
     if isinstance(source, Features):
         return _of_features(source, names, _ready(encoder, source.fingerprint), templates, scale)
     if kept is not None:
@@ -87,7 +112,7 @@ def classify(
     errors: list[BadImage] = []
     parts = []
     batches = load_batches(opened, model.preprocess, batch_size, workers, on_error)
-    bar = Progress(batches, _length(opened), "classifying", unit=lambda b: len(b) + len(b.errors), enabled=progress)
+    bar = Progress(batches, length(opened), "classifying", unit=lambda b: len(b) + len(b.errors), enabled=progress)
     for batch in bar:
         errors += batch.errors
         if len(batch):
@@ -95,6 +120,34 @@ def classify(
             parts.append(_probabilities(model.images(batch.pixels).numpy(), words.numpy(), scale))
     found = np.concatenate(parts) if parts else np.empty((0, len(names)), np.float32)
     return Classification(keys, names, found, errors)
+
+
+def _by_method(
+    source: Any,
+    kept: Collection | None,
+    names: list[str] | None,
+    encoder: str | Encoder | None,
+    shots: Any,
+    method: str | None,
+    where: str | None,
+    told: dict[str, Any],
+    options: dict[str, Any],
+) -> Classification:
+    """Any other method than names alone: the features of shots and images, then the method by its name."""
+    from ..store.identity import encoder_of
+    from .by_name import decide
+
+    made_by = source.fingerprint if isinstance(source, Features) else ""
+    model = _ready(encoder, made_by) if kept is None else encoder_of(kept, encoder)
+    labelled: Features | None = None
+    failed: list[BadImage] = []
+    if shots is not None:
+        labelled, names, failed = labelled_features(shots, model, names, **options)
+    method = method or ("zero_shot" if labelled is None else "auto")
+    seen, errors = image_features(source if kept is None else kept, model, where=where, doing="classifying", **options)
+    found = decide(seen, names or [], model, method, shots=labelled, **told)
+    found.errors, found.shot_errors = errors, failed
+    return found
 
 
 def _of_collection(
@@ -140,16 +193,6 @@ def _scale(scale: float | None, model: Any) -> float:
     return float(model.logit_scale) if scale is None else float(check_range("scale", scale, 0))
 
 
-def _collection(source: Any) -> Collection | None:
-    """The collection that a source is or names, if it is one."""
-    from ..store.collection import Collection
-    from ..store.table import is_collection
-
-    if isinstance(source, Collection) or (isinstance(source, str | Path) and is_collection(Path(source))):
-        return Collection.open(source)
-    return None
-
-
 def _ready(encoder: str | Encoder | None, fingerprint: str = "") -> Any:
     """The encoder itself; where features say what made them, it must be that one."""
     from ..encoders.loading import load
@@ -159,10 +202,3 @@ def _ready(encoder: str | Encoder | None, fingerprint: str = "") -> Any:
         given = model.fingerprint[:12]
         raise ClipworksError(f"encoder must be the one that made the features, {fingerprint[:12]}. Got {given}.")
     return model
-
-
-def _length(source: Any) -> int | None:
-    try:
-        return len(source)
-    except TypeError:
-        return None
