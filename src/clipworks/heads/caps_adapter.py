@@ -74,6 +74,8 @@ class CapSAdapter(Head):
     array([0])
     """
 
+    effort = 1
+
     def __init__(
         self,
         text: Any = None,

@@ -69,6 +69,8 @@ class CLAP(Head):
     array([1])
     """
 
+    effort = 3
+
     def __init__(
         self,
         text: Any = None,

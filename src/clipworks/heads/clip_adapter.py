@@ -71,6 +71,8 @@ class ClipAdapter(Head):
     array([1])
     """
 
+    effort = 3
+
     def __init__(
         self,
         text: Any = None,

@@ -72,6 +72,8 @@ class SusX(Head):
     array([0])
     """
 
+    effort = 1
+
     def __init__(
         self,
         text: Any = None,

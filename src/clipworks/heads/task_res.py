@@ -68,6 +68,8 @@ class TaskRes(Head):
     array([1])
     """
 
+    effort = 3
+
     def __init__(
         self,
         text: Any = None,

@@ -77,6 +77,8 @@ class TipAdapter(Head):
     array(['cat'], dtype='<U3')
     """
 
+    effort = 1
+
     def __init__(
         self,
         text: Any = None,
