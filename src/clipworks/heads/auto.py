@@ -300,8 +300,8 @@ def settings(head: Head) -> dict[str, Any]:
 def deviation(values: np.ndarray) -> float:
     """Return the standard error of a mean.
 
-    >>> deviation(np.array([0.0, 1.0, 0.0, 1.0]))
-    0.2886751345948129
+    >>> round(deviation(np.array([0.0, 1.0, 0.0, 1.0])), 4)
+    0.2887
     """
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
 
