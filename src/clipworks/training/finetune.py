@@ -94,7 +94,7 @@ class ClassifierRecipe(nn.Module):
         super().__init__()
         self.plain = ContrastiveRecipe("infonce", augment)
         self.place = {name: i for i, name in enumerate(names)}
-        self.head = nn.Linear(vectors.shape[1], vectors.shape[0], bias=False)
+        self.head = nn.Linear(vectors.shape[1], vectors.shape[0], bias=False, dtype=vectors.dtype)
         with torch.no_grad():
             self.head.weight.copy_(vectors)
 
