@@ -19,6 +19,7 @@ _PUBLIC = {
     "search": "store.search",
     "classify": "zeroshot.classify",
     "segment": "segment.segmenter",
+    "inspect": "anomaly.inspection",
     "methods": "registry",
     "get_method": "registry",
     "BadImage": "errors",
