@@ -51,7 +51,7 @@ class NoLA(Head):
     Attributes
     ----------
     kept_, labels_ : rows of `fit` that were learned from, and the class number each was given by the words
-    counts_ : how many of each class; a class with none is never predicted for any reason
+    counts_ : how many of each class; a class with none cannot be learned
     weights_ : W1 (hidden, dim), b1, W2 (C, hidden), b2
     classes_, temperature_ : labels, temperature of the probabilities (1 without `validation`)
 
