@@ -55,7 +55,14 @@ def zero_shot(encoder: Encoder, x: Any, names: list[str] = NAMES, template: str 
 
 def quick(kind: type, **settings: Any) -> Any:
     """The method with settings that train for a step or two."""
-    short = {"names": NAMES, "steps_per_shot": 0.5, "epochs": 1, "batch_size": 6, "augment": "none"}
+    short = {
+        "names": NAMES,
+        "templates": TEMPLATE,
+        "steps_per_shot": 0.5,
+        "epochs": 1,
+        "batch_size": 6,
+        "augment": "none",
+    }
     known = inspect.signature(kind).parameters
     return kind(**{**{k: v for k, v in short.items() if k in known}, **settings})
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -37,6 +37,7 @@ from ..encoders.encoder import Encoder
 from ..encoders.loading import load as load_encoder
 from ..errors import BadWeights, ClipworksError, check_choice, check_range
 from ..training.augment import AUGMENTS, Augment, resolve_augment
+from ..training.finetune import ClassifierRecipe
 from ..training.loop import TrainReport, train
 from ..training.optim import freeze
 from ..training.recipe import Recipe
@@ -234,7 +235,10 @@ class Tuner(ClassifierMixin, BaseEstimator):
 
     def _words(self, encoder: Encoder) -> torch.Tensor | None:
         """Class-word vectors in an encoder, None without names."""
-        return None if self.names_ is None else class_vectors(self.names_, encoder, templates=self.templates)
+        if self.names_ is None:
+            return None
+        rows = class_vectors(self.names_, encoder, templates=self.templates)
+        return rows.to(torch.promote_types(encoder.dtype, torch.float32))
 
     def _take(self, start: Encoder, tuned: Tuned, alpha: float | None, held: Any) -> None:
         """Set what was learned, at `alpha` on the way from the start; None: where held-out images are best."""
@@ -273,6 +277,21 @@ def run(start: Encoder, items: Sequence[Item], recipe: Recipe, *, batch_size: in
     """
     check_range("batch_size", batch_size, 1)
     return train(list(items), start, out=None, recipe=recipe, batch_size=min(batch_size, len(items)), **options)
+
+
+def run_head(start: Encoder, items: Sequence[Item], table: Mapping[str, str], head: torch.Tensor, augment: str,
+             **options: Any) -> Tuned:  # fmt: skip
+    """Train a classifier head, and what of the encoder is not frozen; `options` as in `run`.
+
+    Parameters
+    ----------
+    table : label -> class name, in the order of the head's rows
+    head : rows to begin with, (C, dim)
+    augment : name of the views
+    """
+    recipe = ClassifierRecipe(list(table), head, few_shot_augment(augment))
+    report = run(start, items, recipe, **options)
+    return Tuned(report.encoder, report.parts["head.weight"], report.losses)  # type: ignore[arg-type]
 
 
 def few_shot_augment(name: str) -> Augment | None:

@@ -12,6 +12,7 @@ import torch
 
 from ..data.item import Item
 from ..errors import ClipworksError, check_range, closest
+from ..zeroshot.templates import resolve_templates
 
 
 @dataclass
@@ -32,6 +33,17 @@ class Shots:
         check_range("steps_per_shot", per_shot, 0)
         classes = len({item.label for item in self.items})
         return max(1, round(per_shot * len(self.items) / classes))
+
+    def captioned(self, templates: str | Sequence[str], seed: int = 0) -> list[Item]:
+        """Return the items with captions; a label speaks through one of the templates, drawn once."""
+        if self.table is None:
+            return self.items
+        draw, sentences = np.random.default_rng(seed), resolve_templates(templates)
+        chosen = draw.integers(len(sentences), size=len(self.items))
+        return [
+            Item(item.key, item.image, caption=sentences[t].replace("{}", self.table[str(item.label)]))
+            for item, t in zip(self.items, chosen, strict=True)
+        ]
 
 
 def labelled(images: Sequence[Any], codes: np.ndarray, names: Sequence[str]) -> Shots:
