@@ -102,17 +102,16 @@ class TipAdapter(Head):
         alphas = (1.0,) if self.text_ is None else alphas
         for name, low in (("folds", 2), ("epochs", 0), ("lr", 0), ("batch_size", 1)):
             check_range(name, getattr(self, name), low)
-        choice, cache = self._choice(shots.held), Cache.of(shots)
-        held: list[Asked] = []
-        if self.finetune:
+        cache, held = self._cache(shots), list[Asked]()
+        if self.finetune and shots.validation is None:  # trained keys have seen their shots
             splits = shots.splits(self.folds)
             choice = self._choice(*splits)
-            for rows, x, y in splits if shots.validation is None else ():
+            for rows, x, y in splits:
                 part = Shots(shots.x[rows], shots.y[rows], shots.classes, shots.groups[rows])
-                held += self._trained(Cache.of(part), part).blocks(x, y, text=self.text_)
-            cache = self._trained(cache, shots)
-        if not self.finetune or shots.validation is not None:
+                held += self._cache(part).blocks(x, y, text=self.text_)
+        else:
             own = shots.images[shots.testable] if shots.validation is None else None
+            choice = self._choice(shots.held)
             held += cache.blocks(*shots.held, own, self.text_)
         self.keys_, self.owners_, self.beta_ = cache.keys, cache.owners, betas[0] if len(betas) == 1 else START[0]
         if held:
@@ -125,8 +124,11 @@ class TipAdapter(Head):
         blocks = Cache(self.keys_, self.owners_, len(self.classes_)).blocks(x)
         return np.concatenate([part.votes(self.beta_) for part in blocks], axis=1).T
 
-    def _trained(self, cache: Cache, shots: Shots) -> Cache:
-        """The cache with its keys trained on the shots by cross-entropy of the whole logits (Tip-Adapter-F)."""
+    def _cache(self, shots: Shots) -> Cache:
+        """The cache of the shots; with `finetune`, its keys trained on them by cross-entropy of the whole logits."""
+        cache = Cache.of(shots)
+        if not self.finetune:
+            return cache
         import torch
         from torch.nn.functional import cross_entropy
 
