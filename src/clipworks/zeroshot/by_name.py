@@ -23,11 +23,11 @@ from ..registry import get_method, methods
 from ..types import Classification, Features
 from .classifier import class_vectors
 from .descriptions import PairDescriptions, contrasts, descriptions_of
+from .seen import CHUNK
 from .sentences import Scores, encode, softmax, unit
 
 PLAIN = "zero_shot"
 NONE = "none of these"
-CHUNK = 65536  # images at a time
 ASKED = {"descriptions": "descriptions", "pairs": "descriptions", "factors": "descriptions", "pool": "descriptions"}
 
 

@@ -15,13 +15,11 @@ import numpy as np
 from ..errors import BadImage, ClipworksError, check_range
 from ..types import Classification, Features
 from .classifier import check_names, class_vectors
-from .seen import collection_of, image_features, labelled_features, length
+from .seen import CHUNK, collection_of, finite, image_features, labelled_features, length
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
     from ..store.collection import Collection
-
-CHUNK = 65536  # rows of features at a time
 
 
 def classify(
@@ -176,8 +174,7 @@ def _of_features(
         raise ClipworksError(f"features must have the encoder's {dim} columns. Got {given}.")
     found = np.empty((len(features), len(names)), np.float32)
     for start in range(0, len(features), CHUNK):
-        part = np.asarray(features.vectors[start : start + CHUNK], np.float32)
-        found[start : start + CHUNK] = _probabilities(part, words, _scale(scale, model))
+        found[start : start + CHUNK] = _probabilities(finite(features, start), words, _scale(scale, model))
     return Classification(list(features.keys), names, found)
 
 

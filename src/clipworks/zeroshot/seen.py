@@ -11,6 +11,8 @@ import numpy as np
 from ..errors import BadImage, ClipworksError, closest
 from ..types import Features
 
+CHUNK = 65536  # rows of features at a time
+
 
 def collection_of(source: Any) -> Any:
     """The collection that a source is or names, or None."""
@@ -139,12 +141,19 @@ def _checked(features: Features, encoder: Any) -> Features:
     if len(features) and features.vectors.shape[1] != encoder.dim:
         raise ClipworksError(f"features must have the encoder's {encoder.dim} columns. "
                              f"Got {features.vectors.shape[1]}.")  # fmt: skip
-    for start in range(0, len(features), 65536):
-        bad = ~np.isfinite(np.asarray(features.vectors[start : start + 65536])).all(1)
-        if bad.any():
-            key = features.keys[start + int(bad.argmax())]
-            raise ClipworksError(f"features must be finite. Got NaN or infinity for {key!r}.")
+    for start in range(0, len(features), CHUNK):
+        finite(features, start)
     return features
+
+
+def finite(features: Features, start: int) -> np.ndarray:
+    """The next `CHUNK` vectors from `start` in float32, or an error that names the first with NaN or infinity."""
+    part = np.asarray(features.vectors[start : start + CHUNK], np.float32)
+    bad = ~np.isfinite(part).all(1)
+    if bad.any():
+        key = features.keys[start + int(bad.argmax())]
+        raise ClipworksError(f"features must be finite. Got NaN or infinity for {key!r}.")
+    return part
 
 
 def _fold(name: str) -> str:
