@@ -210,6 +210,27 @@ def test_single_failures_are_told_and_three_in_a_row_end_the_run(tmp_path):
     assert read_descriptions(tmp_path / "d.json") == {"b": [], "e": []}
 
 
+def test_a_refusal_is_passed_on_and_leaves_no_empty_file(tmp_path):
+    def source(name):
+        if name == "b":
+            raise ClipworksError("wrong key")
+        return [name]
+
+    for names, kept in ((["b", "c"], None), (["a", "b"], {"a": ["a"]})):
+        with pytest.raises(ClipworksError, match="wrong key"):
+            write_descriptions(names, source, tmp_path / "d.json")
+        assert (read_descriptions(tmp_path / "d.json") if (tmp_path / "d.json").exists() else None) == kept
+
+
+def test_a_long_run_is_saved_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipworks.zeroshot.description_sources.SAVED_EVERY", 0.0)
+    out, states = tmp_path / "d.json", []
+    write_descriptions(
+        list("abc"), lambda name: states.append(sorted(read_descriptions(out)) if out.exists() else []) or [], out
+    )
+    assert states == [[], ["a"], ["a", "b"]]
+
+
 def test_pairs_grow_in_their_file_as_well(tmp_path):
     out, seen = tmp_path / "p.json", []
 
@@ -227,6 +248,8 @@ def test_pairs_grow_in_their_file_as_well(tmp_path):
     assert len(seen) == 3
     write_pairs(["c", "b"], source, out, overwrite=True)
     assert len(seen) == 4
+    with pytest.raises(ClipworksError, match="at least two"):
+        write_pairs(["c"], source, out)
 
 
 @pytest.fixture
@@ -290,6 +313,7 @@ def test_the_command_with_wordnet_and_with_a_local_model(tiny, tmp_path, capsys)
         (["--source", "wordnet", "--wordnet", "w", "--url", "http://h/v1"], "--url is no option"),
         (["--source", "transformers", "--model", "m", "--retries", "3"], "--retries is no option"),
         (["--source", "endpoint", "--url", "http://h/v1", "--model", "m", "--device", "cpu"], "--device is no option"),
+        (["--source", "wordnet", "--wordnet", "w", "--pairs"], "needs a language model"),
         (["--source", "gpt"], "gpt"),
     ],
 )

@@ -10,8 +10,9 @@ import typer
 from ..errors import ClipworksError
 from ._command import command
 from ._output import note, say
-from .classify import NAMES, lines, words
+from .classify import lines, words
 
+NAMES = "Class names, separated by commas, or a text file (.txt) with one name per line."
 SOURCE = "Who is asked: a server that speaks OpenAI's protocol, a model on this machine, or WordNet's glosses."
 MODEL = "endpoint: the model's name; transformers: its folder or its name on the hub."
 OUT = "JSON file to write; names that it holds already are not asked for again."
@@ -55,19 +56,23 @@ def describe(
     wanted = lines(names) if names.endswith(".txt") else words(names)
     if Path(out).is_dir():
         raise ClipworksError(f"out must be a file. {out!r} is a folder.")
+    if pairs and source == "wordnet":
+        raise ClipworksError("--pairs needs a language model: --source endpoint or transformers. Got 'wordnet'.")
     ask = _source(source, given)
-    if pairs:
-        if source == "wordnet":
-            raise ClipworksError("--pairs needs a language model: --source endpoint or transformers. Got 'wordnet'.")
-        failures: dict[Any, str] = write_pairs(wanted, told_apart_by(ask), out, overwrite=overwrite)
-    else:
-        told = ask if source == "wordnet" else described_by(ask)
-        failures = write_descriptions(wanted, told, out, overwrite=overwrite)
+    failures: dict[Any, str]
+    try:
+        if pairs:
+            failures = write_pairs(wanted, told_apart_by(ask), out, overwrite=overwrite)
+        else:
+            told = ask if source == "wordnet" else described_by(ask)
+            failures = write_descriptions(wanted, told, out, overwrite=overwrite)
+    finally:  # also where the run is stopped: what was asked has its price
+        if hasattr(ask, "usage"):
+            note(f"{ask.usage}")
     for entry, reason in failures.items():
         note(f"clipworks: left out: {entry if isinstance(entry, str) else ' / '.join(entry)}: {reason}")
-    if hasattr(ask, "usage"):
-        note(f"{ask.usage}")
-    say(out)
+    if Path(out).exists():
+        say(out)
     return 1 if failures else 0
 
 

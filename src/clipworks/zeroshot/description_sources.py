@@ -91,9 +91,10 @@ def parse_pairs(answer: str) -> list[tuple[str, str]]:
         return []
     found = []
     for entry in entries:
-        two = [entry.get(side) for side in ("first", "second")] if isinstance(entry, dict) else []
-        if two and all(isinstance(sentence, str) and _plain(sentence) for sentence in two):
-            found.append((_plain(two[0]), _plain(two[1])))
+        sides = [entry.get(side) for side in ("first", "second")] if isinstance(entry, dict) else []
+        two = [_plain(side) for side in sides if isinstance(side, str)]
+        if len(two) == 2 and all(two):
+            found.append((two[0], two[1]))
     return list(dict.fromkeys(found))[:MOST]
 
 
@@ -193,7 +194,9 @@ def write_pairs(
         if told := list(source(*two)):
             table[two] = [list(sentences) for sentences in told]
 
-    pairs = itertools.combinations(sorted(check_names(names)), 2)
+    if len(check_names(names)) < 2:
+        raise ClipworksError(f"names must be at least two to be told apart. Got {names[0]!r} alone.")
+    pairs = itertools.combinations(sorted(names), 2)
     open_pairs = [two for two in pairs if overwrite or two not in table]
     return _each(open_pairs, take, lambda: write_json(path, PairDescriptions(table).as_rows()), progress)
 
@@ -201,22 +204,23 @@ def write_pairs(
 def _each(items: list[T], take: Callable[[T], None], save: Callable[[], None], progress: bool | None) -> dict[T, str]:
     """Take item by item, saving now and then and at the end, however it comes; returns the failures."""
     failures: dict[T, str] = {}
-    running, saved = 0, time.monotonic()
+    running, unsaved, saved = 0, False, time.monotonic()
     try:
         for item in Progress(items, len(items), "asking", enabled=progress):
             try:
                 take(item)
-                running = 0
+                running, unsaved = 0, True
             except NoAnswer as error:
                 failures[item] = str(error)
                 running += 1
                 if running == GIVES_UP:
                     break
-            if time.monotonic() - saved > SAVED_EVERY:
+            if unsaved and time.monotonic() - saved > SAVED_EVERY:
                 save()
-                saved = time.monotonic()
+                unsaved, saved = False, time.monotonic()
     finally:
-        save()
+        if unsaved:
+            save()
     return failures
 
 
