@@ -162,22 +162,28 @@ def stacked(maps: Sequence[torch.Tensor], neighbourhood: int = 3) -> torch.Tenso
 
 
 class CoreSet:
-    """Rows that represent a stream of rows within a radius, never more than `limit` of them.
+    """Rows that represent a stream of rows, never more than `limit` of them.
 
-    The doubling algorithm (Charikar et al. 1997, Incremental Clustering and Dynamic Information Retrieval): a row
-    enters if it is farther than `radius` from all that are kept; when there are too many, the radius grows by `growth`
-    and the kept ones are thinned out. Kept rows are always farther than `radius` apart, and every row ever seen is
-    within radius * growth / (growth - 1) of one of them.
+    After the doubling algorithm (Charikar et al. 1997, Incremental Clustering and Dynamic Information Retrieval): a row
+    enters if it is farther than `radius` from all that are kept; when there are too many, the radius grows and the kept
+    ones are thinned out. Where the paper doubles the radius, it grows here until about `FILLED` of the room is used: in
+    many dimensions distances are nearly equal, and twice the radius would leave a handful.
 
     Parameters
     ----------
     limit : most rows that are kept
-    growth : factor of the radius (above 1); 2 in the paper, smaller ones use the room better
+
+    Attributes
+    ----------
+    rows : the kept rows (n, dim), farther than `radius` apart
+    reach : every row ever seen is within it of a kept one: the sum of the radii of all thinnings
     """
 
-    def __init__(self, limit: int, growth: float = 1.25):
+    FILLED = 0.75
+
+    def __init__(self, limit: int):
         self.limit = int(check_range("limit", limit, 1))
-        self.growth, self.radius = growth, 0.0
+        self.radius = self.reach = 0.0
         self.rows: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor) -> None:
@@ -186,32 +192,38 @@ class CoreSet:
             if self.rows is not None:
                 part = part[distances(part, self.rows, squared=False) > max(self.radius, SAME)]
             if self.radius > 0:
-                part = part[thinned(part, self.radius)]
+                part = part[thinned(part @ part.T, self.radius)]
             self.rows = part if self.rows is None else torch.cat([self.rows, part])
-            while len(self.rows) > self.limit:
-                self.radius = self.radius * self.growth or _first_radius(self.rows)
-                self.rows = self.rows[thinned(self.rows, self.radius)]
+            if len(self.rows) > self.limit:
+                self._thin()
+
+    def _thin(self) -> None:
+        """Find the smallest radius, to a hundredth of its range, that leaves `FILLED` of the limit, and apply it."""
+        cosines = self.rows @ self.rows.T  # type: ignore[union-attr]
+        low, high = self.radius, 2.0  # all unit rows are within 2 of each other
+        kept = thinned(cosines, high)
+        for _ in range(12):
+            middle = (low + high) / 2
+            found = thinned(cosines, middle)
+            if len(found) > max(1, self.FILLED * self.limit):
+                low = middle
+            else:
+                high, kept = middle, found
+        self.radius = high
+        self.reach += high
+        self.rows = self.rows[kept]  # type: ignore[index]
 
 
-def thinned(rows: torch.Tensor, radius: float) -> torch.Tensor:
-    """Numbers of a largest-first-come set of unit rows that are farther than `radius` apart."""
-    if len(rows) < 2:
-        return torch.arange(len(rows))
-    close = ((rows @ rows.T) >= 1 - radius**2 / 2).numpy()
-    gone = np.zeros(len(rows), bool)
+def thinned(cosines: torch.Tensor, radius: float) -> torch.Tensor:
+    """Numbers of unit rows, first come first kept, that are farther than `radius` apart, from their cosines (n, n)."""
+    close = (cosines >= 1 - radius**2 / 2).numpy()
+    gone = np.zeros(len(close), bool)
     kept = []
     for number, near in enumerate(close):
         if not gone[number]:
             kept.append(number)
             gone |= near
-    return torch.tensor(kept)
-
-
-def _first_radius(rows: torch.Tensor) -> float:
-    """Median distance to the nearest other row among up to 1,000; above 0."""
-    some = rows[:: max(1, len(rows) // 1000)]
-    cosines = (some @ some.T).fill_diagonal_(-1).amax(1)
-    return float((2 - 2 * cosines).clamp(min=1e-8).sqrt().median())
+    return torch.tensor(kept, dtype=torch.long)
 
 
 def distances(queries: torch.Tensor, memory: torch.Tensor, squared: bool = True, chunk: int = 4096) -> torch.Tensor:

@@ -1,0 +1,25 @@
+"""What the scores for unknown classes share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import ClipworksError
+from ..heads.common import as_array
+
+
+def as_logits(name: str, logits: Any) -> np.ndarray:
+    """Return logits (..., C) as float64, or raise naming the argument."""
+    try:
+        found = np.asarray(as_array(logits), np.float64)
+    except (TypeError, ValueError):
+        raise ClipworksError(f"{name} must be an array of numbers. Got {type(logits).__name__}.") from None
+    if found.ndim < 1 or not found.shape[-1]:
+        raise ClipworksError(f"{name} must have the shape (..., C) with C at least 1. Got {found.shape}.")
+    if not np.isfinite(found).all():
+        raise ClipworksError(
+            f"{name} must be finite. Got NaN or infinity in {int((~np.isfinite(found)).sum())} places."
+        )
+    return found
