@@ -9,9 +9,9 @@ of a batch of images, rows the numbers of the classes wanted:
     loss(p, x, y, images, texts) -> cross entropy unless there is more to it
 
 (`parts` has beginnings of both) and, where needed, `ready` (constants made once per encoder and names, such as
-`class_sentences`), `look` (what is kept of pixels) and `draw` (which view a step sees). `keeps` says what an image is to
-the method: "features", its vector, for a tower that does not change (it then runs once per view, and fit takes vectors
-too); "stem", what comes before the first block; "own", what `look` returns.
+`class_sentences`), `look` (what is kept of pixels) and `draw` (which view a step sees). `keeps` says what an image is
+to the method: "features", its vector, for a tower that does not change (it then runs once per view, and fit takes
+vectors too); "stem", what comes before the first block; "own", what `look` returns.
 
 Memory does not grow with the number of classes: text is encoded a few classes at a time, once without graph and once
 more with it, by the same `cached_backward` that the training loop uses for large batches. That loop itself is for
@@ -268,7 +268,8 @@ class PromptMethod(ClassifierMixin, BaseEstimator):
             return keep_images(images, self.model, self.look, self.keeps, views, self.seed)
 
     def _learn(self, p: Learned) -> None:
-        self.learned_ = {name: value.detach().cpu() for name, value in p.items()}
+        # clones: the last bits of a product depend on where its factors lie in memory, and files place them elsewhere
+        self.learned_ = {name: value.detach().cpu().clone() for name, value in p.items()}
         self._vectors = None
 
     def _remake(self) -> None:
