@@ -1,4 +1,4 @@
-"""A second encoder for the benchmark that shares no trained weight with `clipworks-small`, put together without training.
+"""A second encoder for the benchmark that shares no trained weight with `clipworks-small`; nothing is trained for it.
 
     python benchmarks/second_encoder.py PARTS second.safetensors
 
