@@ -40,9 +40,7 @@ class Hidden:
     def block(self) -> Any:
         """The last block."""
         if not hasattr(self.visual, "blocks"):
-            raise ClipworksError(
-                "a ResNet has no transformer block that this method could change; use 'maskclip'."
-            )
+            raise ClipworksError("a ResNet has no transformer block that this method could change; use 'maskclip'.")
         return self.visual.blocks[-1]
 
     def attend(self, rule: Rule | None) -> torch.Tensor:
