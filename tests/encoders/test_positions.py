@@ -111,3 +111,8 @@ def test_resizing_an_encoder_changes_tables_and_configuration_together():
     assert encoder.encode_text(tiny.tokens((18,), total=20)).shape == (1, 16)
     assert encoder.fingerprint != before
     assert encoder.visual.positions.requires_grad
+
+
+def test_stretched_fourfold_every_fourth_row_is_an_old_one_to_the_last_bit():
+    table = torch.randn(77, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(stretch_positions(table, 248)[20::4], table[20:])

@@ -60,9 +60,10 @@ def stretch_positions(table: torch.Tensor, new_length: int, keep: int = 20) -> t
         return table
     step = (length - keep) / (new_length - keep)
     at = keep + torch.arange(new_length - keep, device=table.device, dtype=torch.float64) * step
-    low = at.floor().long().clamp(max=length - 2)
+    low = at.floor().long()
     share = (at - low).to(table.dtype)[:, None]
-    return torch.cat([table[:keep], table[low] + share * (table[low + 1] - table[low])])
+    pair = low.clamp(max=length - 2)  # behind the last row the step that led to it goes on
+    return torch.cat([table[:keep], table[low] + share * (table[pair + 1] - table[pair])])
 
 
 def rotary(grid: tuple[int, int] | int, prefix: int = 0, theta: float = 100.0) -> Callable:
