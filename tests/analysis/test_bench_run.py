@@ -150,6 +150,7 @@ def test_several_processes_find_the_same(options, tmp_path):
         assert (found["key"], found["results"]) == (two[name]["key"], two[name]["results"])
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_nothing_half_and_goes_on(options, room):
     words = ["bench", "--data", f"colours={room / 'colours'}", "--out", str(options["out"]), "--model",
              options["model"][0], "--methods", "ridge,nearest_mean", "--seeds", ",".join(map(str, range(40))),

@@ -20,6 +20,7 @@ from ...errors import ClipworksError, check_choice, closest
 from ...registry import MethodInfo, get_method, methods
 
 AREAS = ("zeroshot", "heads")
+DESCRIBED = {"descriptions", "pairs", "pool", "assigned"}
 BASELINE = "classifier"  # zero-shot: the class vectors themselves
 
 
@@ -33,7 +34,7 @@ class Material:
     text, names : word vectors (C, dim) and names of the classes
     validation : vectors and class numbers to choose on, or None
     encoder : returns the encoder, for methods that write sentences of their own
-    descriptions : where descriptions of classes come from, or None
+    descriptions : class name -> what is known of it, or None
     scale : sharpness of zero-shot logits
     seed : of the trial
     """
@@ -88,10 +89,15 @@ class Contestant:
         """Whether it takes a seed."""
         return bool({"seed", "random_state"} & set(inspect.signature(self.target).parameters))
 
+    @property
+    def describes(self) -> bool:
+        """Whether it takes descriptions of the classes, in any form."""
+        return bool(DESCRIBED & set(inspect.signature(self.target).parameters))
+
     def missing(self, descriptions: bool) -> list[str]:
         """Arguments it must be given and the benchmark cannot give."""
         given = {"text", "features", "names", "encoder", "x", "y", "labels", *self.options}
-        given |= {"descriptions", "pairs", "pool", "assigned"} if descriptions else set()
+        given |= DESCRIBED if descriptions else set()
         needs = _required(self.target)
         needs += _required(self.target.fit)[1:] if self.learns else []
         return [name for name in needs if name not in given]
@@ -109,7 +115,7 @@ class Contestant:
     def _arguments(self, material: Material, target: Any) -> dict[str, Any]:
         known = inspect.signature(target).parameters
         given: dict[str, Any] = {"text": material.text, "seed": material.seed, "random_state": material.seed}
-        if material.descriptions is not None and {"descriptions", "pairs", "pool"} & set(known):
+        if material.descriptions is not None and self.describes:
             given |= _described(material, known)
         return {**{k: v for k, v in given.items() if k in known}, **self.options}
 
@@ -265,11 +271,11 @@ def _required(target: Any) -> list[str]:
 
 def _described(material: Material, known: Any) -> dict[str, Any]:
     """Descriptions in the form that a method takes them: as they are, as differences, or as vectors."""
-    from ...zeroshot.descriptions import contrasts, descriptions_of
+    from ...zeroshot.descriptions import contrasts
     from ...zeroshot.sentences import encode
 
-    said = descriptions_of(material.names, material.descriptions)
-    table = {name: own for name, own in zip(material.names, said, strict=True) if own}
+    table = {name: material.descriptions[name] for name in material.names if name in material.descriptions}
+    said = [table.get(name, []) for name in material.names]
     given: dict[str, Any] = {"descriptions": table}
     if "pairs" in known:
         given["pairs"] = contrasts(table)

@@ -138,8 +138,10 @@ def bench(
         work = _jobs(name, found, taking_part, place, validation, templates, descriptions, state, batch_size, progress)
         pending = []
         for job in work:
-            done.skipped += _is_done(job.path, job.key)
-            pending += [] if _is_done(job.path, job.key) else [job]
+            if _is_done(job.path, job.key):
+                done.skipped += 1
+            else:
+                pending.append(job)
         bar = Progress(_results(pending, jobs), len(pending), f"benchmark, {name}", enabled=progress)
         for failed in bar:
             done.ran += 1
@@ -190,7 +192,7 @@ def _jobs(
     encoder = load(model)
     cache = FeatureCache(place / "features", encoder, batch_size, progress)
     _embed_all(cache, found)
-    said = None if descriptions is None else _descriptions(descriptions)
+    source = None if descriptions is None else _descriptions(descriptions)
     home = place / "runs" / f"{slug(Path(model).stem)}-{encoder.fingerprint[:8]}"
     first = min(trial.seed for trial in found)
     ready: dict[int, dict[str, Any]] = {}
@@ -205,10 +207,11 @@ def _jobs(
             write_atomically(path, lambda file, split=split: file.write(split.to_json().encode()))
         words = cache.words(trial.classes, templates or trial.data.templates)
         held = trial.validation if validation == "extra" and len(trial.validation[0]) else None
+        described = None if source is None else _described(source, trial)
         material = Material(
             cache.vectors(trial.data, trial.rows) if len(trial.rows) else np.empty((0, encoder.dim), np.float32),
             trial.y, words, trial.classes, (cache.vectors(trial.data, held[0]), held[1]) if held else None,
-            functools.partial(_encoder, model), said, encoder.logit_scale, trial.seed,
+            functools.partial(_encoder, model), described, encoder.logit_scale, trial.seed,
         )  # fmt: skip
         if id(trial.tests) not in ready:  # the trials of a set share their tests
             ready[id(trial.tests)] = {name: (cache.vectors(t.data, t.rows), t.y, said_by(t), t.classes)
@@ -222,8 +225,10 @@ def _jobs(
             config = {"data": trial.data.name, "protocol": trial.protocol, "setting": trial.setting,
                       "seed": trial.seed, "method": one.spec, "area": one.info.area, "model": model,
                       "validation": validation, "templates": templates, "descriptions": descriptions}  # fmt: skip
-            key = _key({**config, "encoder": facts["encoder"], "split": facts["split"], "data": facts["data"],
-                        "source": _source(one), "version": VERSION})  # fmt: skip
+            same = {k: v for k, v in config.items() if k not in ("model", "descriptions")}  # by content, not by path
+            same |= {k: facts[k] for k in ("encoder", "split", "data")}
+            key = _key({**same, "described": described if one.describes else None, "source": _source(one),
+                        "version": VERSION})  # fmt: skip
             setting = "-".join(f"{k}-{v}" for k, v in trial.setting.items())
             file = f"{slug(one.spec)}--{slug(setting)}--seed{trial.seed}.json"
             yield Job(home / slug(trial.data.name) / trial.protocol / file, config, key, one, material, tests, facts)
@@ -335,6 +340,17 @@ def _encoder(model: str) -> Any:
     from ...encoders.loading import load
 
     return load(model)
+
+
+def _described(source: Any, trial: Trial) -> dict[str, list[str]]:
+    """What a source says of the classes of a trial, so that a run does not carry all of WordNet with it."""
+    from ...zeroshot.descriptions import descriptions_of
+
+    names = sorted({*trial.classes, *(name for test in trial.tests.values() for name in test.classes)})
+    try:
+        return {name: own for name, own in zip(names, descriptions_of(names, source), strict=True) if own}
+    except ClipworksError:  # none of the names is known: the methods that need it say so as their result
+        return {}
 
 
 def _descriptions(path: str) -> Any:
