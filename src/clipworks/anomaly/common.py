@@ -195,11 +195,11 @@ class CoreSet:
                 part = part[thinned(part @ part.T, self.radius)]
             self.rows = part if self.rows is None else torch.cat([self.rows, part])
             if len(self.rows) > self.limit:
-                self._thin()
+                self.rows = self._thin(self.rows)
 
-    def _thin(self) -> None:
+    def _thin(self, rows: torch.Tensor) -> torch.Tensor:
         """Find the smallest radius, to a hundredth of its range, that leaves `FILLED` of the limit, and apply it."""
-        cosines = self.rows @ self.rows.T  # type: ignore[union-attr]
+        cosines = rows @ rows.T
         low, high = self.radius, 2.0  # all unit rows are within 2 of each other
         kept = thinned(cosines, high)
         for _ in range(12):
@@ -211,7 +211,7 @@ class CoreSet:
                 high, kept = middle, found
         self.radius = high
         self.reach += high
-        self.rows = self.rows[kept]  # type: ignore[index]
+        return rows[kept]
 
 
 def thinned(cosines: torch.Tensor, radius: float) -> torch.Tensor:
