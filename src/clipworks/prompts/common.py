@@ -34,11 +34,12 @@ from sklearn.utils.validation import check_is_fitted
 from ..errors import ClipworksError, check_range
 from ..heads.common import class_numbers, softmax
 from ..progress import Progress
+from ..training.augment import Augment
 from ..training.gradcache import cached_backward
 from ..training.schedule import learning_rate
 from ..zeroshot.classifier import check_names
 from .files import read_learned, write_learned
-from .kept import Kept, keep_images
+from .kept import CROPS, Kept, keep_images
 from .parts import frozen
 from .words import Sentences
 
@@ -60,6 +61,7 @@ class PromptMethod(ClassifierMixin, BaseEstimator):
 
     keeps: ClassVar[str] = "features"
     per_image: ClassVar[bool] = False
+    crops: ClassVar[Augment] = CROPS
     momentum: ClassVar[float] = 0.9
     weight_decay: ClassVar[float] = 5e-4
 
@@ -265,7 +267,7 @@ class PromptMethod(ClassifierMixin, BaseEstimator):
 
     def _kept(self, images: Any, views: int) -> Kept:
         with frozen(self.model):
-            return keep_images(images, self.model, self.look, self.keeps, views, self.seed)
+            return keep_images(images, self.model, self.look, self.keeps, views, self.seed, self.crops)
 
     def _learn(self, p: Learned) -> None:
         # clones: the last bits of a product depend on where its factors lie in memory, and files place them elsewhere

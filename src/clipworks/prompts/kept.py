@@ -55,7 +55,9 @@ class Kept:
 Look = Callable[..., dict[str, torch.Tensor]]
 
 
-def keep_images(images: Any, encoder: Encoder, look: Look, keeps: str, views: int, seed: int) -> Kept:
+def keep_images(
+    images: Any, encoder: Encoder, look: Look, keeps: str, views: int, seed: int, crops: Augment = CROPS
+) -> Kept:
     """Bring images in any form to what a method keeps of them.
 
     Parameters
@@ -66,6 +68,7 @@ def keep_images(images: Any, encoder: Encoder, look: Look, keeps: str, views: in
     keeps : what the method needs
     views : per image; the first is the image itself, the others are random crops, mirrored or not
     seed : of the crops; the same image gives the same crops alone and among others
+    crops : how they are drawn; of pixels only size, place and mirroring
     """
     if isinstance(images, Kept):
         if images.keeps != keeps or images.fingerprint != encoder.fingerprint:
@@ -81,7 +84,7 @@ def keep_images(images: Any, encoder: Encoder, look: Look, keeps: str, views: in
     with torch.no_grad():
         for number in range(views):
             found: dict[str, list[torch.Tensor]] = {}
-            for pixels in _pixels(images, encoder, number, seed):
+            for pixels in _pixels(images, encoder, number, seed, crops):
                 for name, value in look(encoder, pixels.to(encoder.device)).items():
                     found.setdefault(name, []).append(value.detach().cpu())
             for name, pieces in found.items():
@@ -121,7 +124,7 @@ def _given_vectors(images: Any, vectors: torch.Tensor, encoder: Encoder, keeps: 
     return Kept({"image": unit if unit.ndim == 3 else unit[:, None]}, keeps, encoder.fingerprint)
 
 
-def _pixels(images: Any, encoder: Encoder, number: int, seed: int) -> Iterator[torch.Tensor]:
+def _pixels(images: Any, encoder: Encoder, number: int, seed: int, crops: Augment) -> Iterator[torch.Tensor]:
     """Pixels of one view of all images, in batches."""
     if isinstance(images, torch.Tensor | np.ndarray) and torch.as_tensor(images).is_floating_point():
         pixels = torch.as_tensor(images).detach()
@@ -130,22 +133,22 @@ def _pixels(images: Any, encoder: Encoder, number: int, seed: int) -> Iterator[t
                 f"images given as pixels must be finite and of shape (n, 3, H, W). Got shape {tuple(pixels.shape)}."
             )
         for batch in pixels.split(BATCH) if len(pixels) else ():
-            yield batch if number == 0 else crop(batch, np.random.default_rng([seed, number]))
+            yield batch if number == 0 else crop(batch, crops, np.random.default_rng([seed, number]))
         return
     items = [i if isinstance(i, Item) else Item(_key(i, n), i) for n, i in enumerate(_as_images(images))]
 
     def prepare(image: Any, key: str) -> torch.Tensor:
         rng = np.random.default_rng([seed, number])
-        return view(Item(key, image), encoder.preprocess, CROPS if number else None, rng)
+        return view(Item(key, image), encoder.preprocess, crops if number else None, rng)
 
     for loaded in load_batches(items, prepare, BATCH):
         yield loaded.pixels
 
 
-def crop(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+def crop(pixels: torch.Tensor, crops: Augment, rng: np.random.Generator) -> torch.Tensor:
     """The same random crop of all of a batch (n, 3, H, W), brought back to its size, mirrored or not."""
     height, width = pixels.shape[-2:]
-    left, top, right, bottom = CROPS.box(width, height, rng)
+    left, top, right, bottom = crops.box(width, height, rng)
     part = pixels[..., top:bottom, left:right]
     made = F.interpolate(part, (height, width), mode="bicubic", antialias=True)
-    return made.flip(-1) if rng.random() < CROPS.flip else made
+    return made.flip(-1) if rng.random() < crops.flip else made
