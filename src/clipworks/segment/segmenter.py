@@ -251,9 +251,9 @@ class Segmenter:
             small[0] = False
         if not small.any():
             return labels
-        coarse[torch.from_numpy(share == 0) | torch.from_numpy(small)] = 0
+        others = torch.from_numpy((share > 0) & ~small)[:, None, None] * coarse
         height, width = labels.shape
-        again = self._labels(lambda rows: _enlarged(coarse, height, width, rows), height, width)
+        again = self._labels(lambda rows: _enlarged(others, height, width, rows), height, width)
         return np.where(small[labels], again, labels)
 
 

@@ -1,0 +1,191 @@
+"""The two small heads of CLIP-DINOiser, and how they learn from a teacher on unlabelled images, by the one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..data.decode import decode
+from ..errors import BadWeights, check_range
+from .affinity import SIDE, Provider, features_of, provider
+from .background import found_background
+from .common import Hidden, enter, similarities
+
+if TYPE_CHECKING:
+    from ..data.item import Item
+    from ..encoders.encoder import Encoder
+
+SPEED = 200.0  # the objectness head learns at 1e-2, the affinity head at 5e-5 (release)
+
+
+class Heads(nn.Module):
+    """Affinity and objectness from one map of CLIP's.
+
+    Parameters
+    ----------
+    width : channels of the map
+    channels : of the affinity's features (release: 256)
+    """
+
+    def __init__(self, width: int, channels: int = 256):
+        super().__init__()
+        self.affinity = nn.Conv2d(width, channels, 3, padding=1, padding_mode="replicate")
+        self.objectness = nn.Conv2d(width, 1, 1)
+
+    def patches(self, maps: torch.Tensor) -> torch.Tensor:
+        """Features (B, h, w, channels) whose cosines are the affinity, from maps (B, width, h, w)."""
+        return self.affinity(maps).permute(0, 2, 3, 1)
+
+    def objects(self, maps: torch.Tensor) -> torch.Tensor:
+        """Logits (B, h, w) that a patch belongs to an object."""
+        # AdamW moves every weight by the learning rate, so a factor behind the weights is a factor of the rate
+        return SPEED * self.objectness(F.normalize(maps, dim=1))[:, 0]
+
+    def save(self, path: str | Path) -> Path:
+        """Write a .safetensors file."""
+        from safetensors.torch import save_file
+
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, str(path))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Heads:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        state = load_file(str(path))
+        try:
+            channels, width = state["affinity.weight"].shape[:2]
+            heads = cls(width, channels)
+            heads.load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            raise BadWeights(f"{str(path)!r} holds no heads of CLIP-DINOiser: {error}.") from error
+        return heads.eval().requires_grad_(False)
+
+
+def early(hidden: Hidden) -> torch.Tensor:
+    """Output of the second norm in the first of the blocks at hand, as a map (B, width, h, w)."""
+    x, block = hidden.inputs[0], hidden.visual.blocks[-len(hidden.inputs)]
+    x = block.norm2(x + block.attention(block.norm1(x))[0])
+    return x[:, hidden.prefix :].transpose(1, 2).unflatten(2, hidden.grid)
+
+
+def head_losses(
+    heads: Heads, maps: torch.Tensor, target: torch.Tensor, objects: torch.Tensor, threshold: float = 0.2
+) -> dict[str, torch.Tensor]:
+    """Binary cross-entropies: of pairs that the teacher finds alike, and of patches that it finds an object.
+
+    Parameters
+    ----------
+    heads : the heads
+    maps : (B, width, h, w)
+    target : (B, N, N), cosines of the teacher's features
+    objects : (B, N), in [0, 1]
+    threshold : teacher's cosines above it are pairs (release: 0.2)
+    """
+    near = similarities(heads.patches(maps)).clamp(min=0)
+    pairs = F.binary_cross_entropy_with_logits(near, (target > threshold).to(near))
+    logits = heads.objects(maps).flatten(1)
+    return {"affinity": pairs, "objects": F.binary_cross_entropy_with_logits(logits, (objects > 0.5).to(logits))}
+
+
+class HeadsRecipe(nn.Module):
+    """A step of the heads' training: square crops, the frozen tower's early map, the teacher's answer."""
+
+    captions = False
+
+    def __init__(self, heads: Heads, teacher: str | Provider, side: int, threshold: float):
+        super().__init__()
+        self.heads, self.teacher, self.side, self.threshold = heads, provider(teacher), side, threshold
+        self.pool: Any = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"side": self.side, "threshold": self.threshold}
+
+    def bind(self, encoder: Encoder, pool: Any) -> None:
+        self.pool = pool
+
+    def batch(self, items: Sequence[Item], step: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Random crops of the shorter side, flipped half of the time, RGB in [0, 1]."""
+
+        def view(item: Item, draw: np.random.Generator) -> torch.Tensor:
+            image = decode(item.source(), key=item.key)
+            length = min(image.size)
+            left, top = (int(draw.integers(n - length + 1)) for n in image.size)
+            crop = image.resize((self.side, self.side), box=(left, top, left + length, top + length))
+            pixels = np.asarray(crop)[:, :: 1 if draw.random() < 0.5 else -1]
+            return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+
+        run = map if self.pool is None else self.pool.map
+        return {"images": torch.stack(list(run(view, items, rng.spawn(len(items)))))}
+
+    def forward(self, encoder: Encoder, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Both losses; nothing of the tower has a gradient."""
+        encoder.eval()
+        with torch.no_grad():
+            hidden = enter(encoder, batch["images"], blocks=3, sides=(SIDE,), memory=False)
+            maps = early(hidden)
+            features = features_of(self.teacher, hidden).permute(0, 3, 1, 2)
+            target = similarities(F.adaptive_avg_pool2d(features, hidden.grid).permute(0, 2, 3, 1))
+            q, k = hidden.heads("q"), hidden.heads("k")
+            looks = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, hidden.prefix :]
+            pairs = zip(looks, k[:, :, hidden.prefix :], strict=True)
+            objects = torch.stack([~found_background(a, b) for a, b in pairs])
+        return head_losses(self.heads, maps, target, objects, self.threshold)
+
+
+def learn(
+    images: Any,
+    encoder: Encoder,
+    *,
+    teacher: str | Provider = "own",
+    out: str | Path | None = None,
+    steps: int = 6200,
+    batch_size: int = 16,
+    side: int | None = None,
+    lr: float = 5e-5,
+    threshold: float = 0.2,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Heads:
+    """Train the heads on unlabelled images; the encoder stays as it is.
+
+    Parameters
+    ----------
+    images : anything `open_source` takes (release: 1,000 photos)
+    encoder : its image tower is read
+    teacher : whose affinity is imitated, see `segment.affinity` (paper: DINO ViT-B/16)
+    out : folder of the run, as for `training.loop.train`; None writes nothing
+    steps, batch_size, lr : of AdamW (release: 6200, 16, 5e-5; the objectness head learns 200 times as fast)
+    side : of the crops in pixels (default: twice the encoder's image size; release: 448)
+    threshold : teacher's cosines above it are pairs (release: 0.2)
+    seed : of the heads' start, the order and the crops
+    progress : show a bar
+
+    Returns
+    -------
+    Heads, without gradients
+    """
+    import copy
+
+    from ..training.loop import train
+
+    check_range("steps", steps, 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = Heads(encoder.config.vision.width)
+    recipe = HeadsRecipe(heads, teacher, side or 2 * encoder.image_size, threshold)
+    report = train(
+        images, copy.deepcopy(encoder), out=out, recipe=recipe, steps=steps, batch_size=batch_size, lr=lr,
+        weight_decay=0.0, warmup=0, schedule="constant", freeze=["*", "!recipe.*"], augment="none", seed=seed,
+        device="cpu", progress=progress,
+    )  # fmt: skip
+    heads.load_state_dict({name.removeprefix("heads."): value for name, value in report.parts.items()})
+    return heads.eval().requires_grad_(False)
