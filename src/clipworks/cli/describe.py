@@ -27,12 +27,14 @@ def describe(
     names: Annotated[str, typer.Option("--names", metavar="A,B,C", help=NAMES)],
     source: Annotated[Literal["endpoint", "transformers", "wordnet"], typer.Option("--source", help=SOURCE)],
     out: Annotated[str, typer.Option("--out", metavar="JSON", help=OUT)],
-    model: Annotated[str | None, typer.Option("--model", help=MODEL, show_default=False)] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help=MODEL, show_default=False)] = None,
     wordnet: Annotated[
         str | None, typer.Option("--wordnet", metavar="FILE", help="wordnet: its data.noun.", show_default=False)
     ] = None,
     cache: Annotated[str | None, typer.Option("--cache", metavar="DIR", help=CACHE, show_default=False)] = None,
-    device: Annotated[str | None, typer.Option("--device", help="transformers: cpu, cuda.", show_default=False)] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="transformers: cpu, cuda.", show_default=False)
+    ] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help=PAIRS)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Ask again for names in the file.")] = False,
     **options: Any,
@@ -40,7 +42,8 @@ def describe(
     """Write what the classes look like to a file, for classification by description.
 
     \b
-    Nothing is contacted but the server that --url names; its key is read from an environment variable.
+    Nothing is contacted but the server that --url names, or the hub where --model is a name there. The key of the server
+    is read from an environment variable.
 
     \b
     Examples:
