@@ -42,8 +42,8 @@ def describe(
     """Write what the classes look like to a file, for classification by description.
 
     \b
-    Nothing is contacted but the server that --url names, or the hub where --model is a name there. The key of the server
-    is read from an environment variable.
+    Nothing is contacted but the server that --url names, or the hub where --model is a name there. The key of the
+    server is read from an environment variable.
 
     \b
     Examples:
