@@ -30,6 +30,7 @@ class Command:
     calls: str | None
     hide: tuple[str, ...]
     resume: str
+    also: Callable[[], dict[str, Parameter]] | None = None
 
 
 COMMANDS: dict[str, Command] = {}
@@ -37,7 +38,12 @@ _METAVARS = {str: "TEXT", int: "N", float: "X", list[str]: "A,B", list[int]: "N,
 
 
 def command(
-    calls: str | None = None, *, name: str | None = None, hide: tuple[str, ...] = (), resume: str = ""
+    calls: str | None = None,
+    *,
+    name: str | None = None,
+    hide: tuple[str, ...] = (),
+    resume: str = "",
+    also: Callable[[], dict[str, Parameter]] | None = None,
 ) -> Callable:
     """Register a function of `cli/<file>.py` as a command.
 
@@ -49,11 +55,12 @@ def command(
     name : name on the command line (default: the function's)
     hide : parameters of the library function that get no option
     resume : what to tell a user who stops it with Ctrl-C
+    also : returns further parameters that become options, of what the library function hands on
     """
 
     def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
         title = name or function.__name__.strip("_").replace("_", "-")
-        COMMANDS[title] = Command(title, function, calls, hide, resume)
+        COMMANDS[title] = Command(title, function, calls, hide, resume, also)
         return function
 
     return register
@@ -71,7 +78,7 @@ def runner(entry: Command) -> Callable[..., int | None]:
     """Return what typer reads: the command's own parameters, then those of the library function it calls."""
     own = inspect.signature(entry.function)
     hints = typing.get_type_hints(entry.function, include_extras=True)
-    library = parameters(entry.calls) if entry.calls else {}
+    library = {**(entry.also() if entry.also else {}), **(parameters(entry.calls) if entry.calls else {})}
     named = [p for p in own.parameters.values() if p.kind != p.VAR_KEYWORD]
     shown = [p.replace(annotation=_with_help(hints[p.name], p, library)) for p in named]
     if len(named) < len(own.parameters):

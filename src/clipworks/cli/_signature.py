@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +55,9 @@ def parameters(target: str) -> dict[str, Parameter]:
         raise ClipworksError(f"calls must name a function of the package. Got {target!r}: no {name!r} there.")
     docs = documented(ast.get_docstring(node) or "")  # type: ignore[arg-type]
     if isinstance(node, ast.ClassDef):
-        node = next(n for n in node.body if getattr(n, "name", None) == "__init__")
+        node = next((n for n in node.body if getattr(n, "name", None) == "__init__"), None)
+    if node is None:  # a class that takes the constructor of its base
+        return {}
     constants = _constants(tree, path)
     found = {}
     for argument, default in _with_defaults(node.args):  # type: ignore[attr-defined]
@@ -62,6 +65,35 @@ def parameters(target: str) -> dict[str, Parameter]:
             continue
         kind, shown = shell_type(argument.annotation), _shown(default, constants)
         found[argument.arg] = Parameter(argument.arg, kind, shown, docs.get(argument.arg, ""))
+    return found
+
+
+def united(targets: Mapping[str, str], leave: Iterable[str] = ()) -> dict[str, Parameter]:
+    """Return the parameters of several targets together, with help and defaults that say whose they are.
+
+    Parameters
+    ----------
+    targets : name -> target, as for `parameters`
+    leave : parameters that are left out
+
+    Returns
+    -------
+    a parameter that the targets disagree on has the type str: whoever takes it has to convert it
+    """
+    owners: dict[str, dict[str, Parameter]] = {}
+    for title, target in targets.items():
+        for name, parameter in parameters(target).items():
+            if name not in leave and parameter.type is not None:
+                owners.setdefault(name, {})[title] = parameter
+    found = {}
+    for name, by in owners.items():
+        kinds = {repr(p.type): p.type for p in by.values()}
+        defaults: dict[str, list[str]] = {}
+        for title, parameter in by.items():
+            defaults.setdefault(parameter.default or "", []).append(title)
+        shown = "; ".join(", ".join(titles) + (f": {value}" if value else "") for value, titles in defaults.items())
+        kind = next(iter(kinds.values())) if len(kinds) == 1 else str
+        found[name] = Parameter(name, kind, None, f"{next(iter(by.values())).help} [{shown}]")
     return found
 
 

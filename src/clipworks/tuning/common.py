@@ -152,6 +152,15 @@ class Tuner(ClassifierMixin, BaseEstimator):
         self._merge(encoder)
         return encoder
 
+    def to_new(self: T, names: Sequence[str]) -> T:
+        """Return the same changed encoder with other classes, read by their words; labels are 0, 1, ..."""
+        check_is_fitted(self, "encoder_")
+        made = copy.copy(self)
+        made.names_, made._own_head = check_names(names), False
+        made.classes_ = np.arange(len(made.names_))
+        made.classifier_ = made._words(made.encoder_)
+        return made
+
     def save(self, path: str | os.PathLike) -> Path:
         """Write the tensors that changed, and the settings, into one safetensors file; returns its path."""
         check_is_fitted(self, "encoder_")

@@ -1,0 +1,232 @@
+"""Any method of `prompts/` and `tuning/` on a labelled folder: draw shots, fit, measure what was learned and lost.
+
+Of every class some images are drawn to learn; the others are held out and measured before (zero-shot) and after. A
+probe set, on which the model was good before, is measured the same way: its difference is what was forgotten.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.item import Item
+from ..data.shots import draw
+from ..errors import ClipworksError, check_choice, check_range, closest
+from ..registry import MethodInfo, get_method, methods
+from ..training.checkpoint import write_json
+from ..training.evaluate import Probe, recalls, zeroshot
+from ..training.feed import open_items
+from ..zeroshot.classifier import class_vectors
+from .common import TEMPLATE, resolve_encoder
+
+AREAS = ("prompts", "tuning")
+
+
+@dataclass
+class TuneReport:
+    """What a method learned, and what it forgot.
+
+    Attributes
+    ----------
+    method, settings : its name, and the settings that it was fitted with
+    out : its file
+    shots : images of a class that were drawn (None: all); `images`, `held_out` : how many were learned and measured
+    task, probe : name of a measure -> (before, after), in percent
+    forgotten : name of a measure of the probe -> points lost (negative: gained)
+    alpha : share of the change that was kept, where the method has one
+    fitted : the fitted method
+    """
+
+    method: str
+    settings: dict[str, Any]
+    out: str
+    shots: int | None
+    images: int
+    held_out: int
+    task: dict[str, tuple[float, float]] = field(default_factory=dict)
+    probe: dict[str, tuple[float, float]] = field(default_factory=dict)
+    forgotten: dict[str, float] = field(default_factory=dict)
+    alpha: float | None = None
+    fitted: Any = field(default=None, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the fitted method, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name != "fitted"}
+
+    def as_rows(self) -> list[dict[str, Any]]:
+        """One dictionary per measure: where, what, before, after, change."""
+        return [
+            {"set": where, "measure": name, "before": round(before, 2), "after": round(after, 2),
+             "change": round(after - before, 2)}
+            for where, found in (("task", self.task), ("probe", self.probe))
+            for name, (before, after) in found.items()
+        ]  # fmt: skip
+
+
+def tune(
+    data: Any,
+    method: str,
+    *,
+    out: str | Path,
+    model: str | Any = "clipworks-small",
+    names: Sequence[str] | Mapping[str, str] | None = None,
+    shots: int | None = 16,
+    validation: str | Any = None,
+    choose_alpha: bool = False,
+    probe: str | Any = None,
+    probe_names: Sequence[str] | Mapping[str, str] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    **settings: Any,
+) -> TuneReport:
+    """Fit a method on a labelled set (or on captions) and measure it before and after.
+
+    Parameters
+    ----------
+    data : images with labels, or with captions for a method on pairs; anything `open_source` takes
+    method : name of a method of `prompts/` or `tuning/`
+    out : file for what was learned; the report is written beside it as .json
+    model : name, path or encoder
+    names : class names, or label -> name (default: the labels)
+    shots : images of every class that are drawn to learn; 0 or None: all of them
+    validation : set that is measured before and after (default: the images that were not drawn)
+    choose_alpha : choose the share of the change that is kept on half of the held-out images, and measure on the rest
+    probe : set on which the model should stay good: labels give zero-shot accuracy, captions recall
+    probe_names : class names of the probe's labels
+    seed : of the draw and of the method
+    progress : show a bar (default: on a terminal)
+    settings : of the method
+
+    Returns
+    -------
+    TuneReport
+
+    Raises
+    ------
+    ClipworksError
+        If the method or a setting is unknown, or the data does not suit the method.
+    """
+    info = find(method)
+    method, kind = info.name, get_method(f"{info.area}/{info.name}")
+    known = set(inspect.signature(kind).parameters) - {"names", "encoder", "seed"}
+    for name in settings:
+        if name not in known:
+            shown = ", ".join(sorted(known))
+            raise ClipworksError(f"{method} has no setting {name!r}. It takes {shown}.{closest(name, known)}")
+    if choose_alpha and "alpha" not in known:
+        raise ClipworksError(f"choose_alpha needs a method with alpha. {method} has none.")
+    encoder = resolve_encoder(model)
+    items = open_items(data)
+    labels = [item.label for item in items]
+    if all(labels):
+        table = _names([str(label) for label in labels], names)
+        learned, rest = _drawn(items, list(table), shots, seed)
+        y: list[str] = [table[str(item.label)] for item in learned]
+    elif getattr(kind, "pairs", False) and all(item.caption for item in items):
+        table, learned, rest = {str(n): str(n) for n in names or ()}, items, []
+        y = [str(item.caption) for item in items]
+    else:
+        pairs = " or every image a caption" if getattr(kind, "pairs", False) else ""
+        raise ClipworksError(f"data must give every image a label{pairs}. {sum(not v for v in labels)} have none.")
+    rest = rest if validation is None else open_items(validation, "validation")
+    held: dict[str, Any] = {}
+    if choose_alpha:
+        chosen, rest = rest[::2], rest[1::2]
+        if not chosen or not rest:
+            raise ClipworksError("choose_alpha needs held-out images: draw fewer shots or give validation.")
+        held = {"validation": ([i.source() for i in chosen], [table[str(i.label)] for i in chosen])}
+        settings = {**settings, "alpha": None}
+    made = kind(names=list(table.values()) or None, encoder=encoder, seed=seed, **settings)
+    probes = {
+        "task": Probe.open(rest, table or None) if rest else None,
+        "probe": None if probe is None else Probe.open(probe, probe_names),
+    }
+    templates = getattr(made, "templates", TEMPLATE)
+    before = {name: _zero_shot(encoder, p, templates) for name, p in probes.items() if p is not None}
+    made.fit([item.source() for item in learned], y, progress=progress, **held)
+    after = {name: _measured(made, p, templates) for name, p in probes.items() if p is not None}
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.save(path)
+    taken = {k: v for k, v in made.get_params(deep=False).items() if k not in ("encoder", "names")}
+    report = TuneReport(method, taken, str(path), shots or None, len(learned), len(rest), fitted=made,
+                        alpha=getattr(made, "alpha_", None))  # fmt: skip
+    for name in before:
+        setattr(report, name, {k: (v, after[name][k]) for k, v in before[name].items() if k in after[name]})
+    report.forgotten = {name: one - two for name, (one, two) in report.probe.items()}
+    write_json(path.with_suffix(".json"), report.as_dict())
+    return report
+
+
+def tunable() -> list[MethodInfo]:
+    """Return the methods that `tune` knows: the classes of `prompts/` and `tuning/`."""
+    return [info for area in AREAS for info in methods(area) if info.object[0].isupper()]
+
+
+def find(method: str) -> MethodInfo:
+    """Return the method of a name such as "lora", "clip-svd" or "prompts/coop"."""
+    name = check_choice("method", method.rpartition("/")[2].replace("-", "_"), [info.name for info in tunable()])
+    return next(info for info in tunable() if info.name == name)
+
+
+def _names(labels: Sequence[str], names: Sequence[str] | Mapping[str, str] | None) -> dict[str, str]:
+    """Return label -> class name for every class."""
+    if isinstance(names, Mapping):
+        table = {str(label): str(name) for label, name in names.items()}
+    else:
+        table = {str(name): str(name) for name in names or sorted(set(labels))}
+    if unknown := sorted(set(labels) - set(table)):
+        raise ClipworksError(
+            f"names must hold every label of data. Missing: {unknown[0]!r}.{closest(unknown[0], table)}"
+        )
+    return table
+
+
+def _drawn(items: list[Item], labels: list[str], shots: int | None, seed: int) -> tuple[list[Item], list[Item]]:
+    """Return the images that are drawn to learn, and the others."""
+    if not shots:
+        return items, []
+    check_range("shots", shots, 1)
+    codes = np.array([labels.index(str(item.label)) for item in items])
+    rows = draw(codes, np.arange(len(items)), int(shots), random.Random(seed))
+    taken = set(rows.tolist())
+    return [items[i] for i in rows], [item for i, item in enumerate(items) if i not in taken]
+
+
+def _zero_shot(encoder: Any, probe: Probe, templates: Any) -> dict[str, float]:
+    """Measure an encoder by the words of the classes, or by captions."""
+    image = encoder.images([item.source() for item in probe.items])
+    if probe.names is None:
+        return _recall(encoder, image, probe)
+    words = class_vectors(list(probe.names.values()), encoder, templates=templates)
+    return zeroshot(image.numpy(), words.numpy(), _targets(probe))
+
+
+def _measured(fitted: Any, probe: Probe, templates: Any) -> dict[str, float]:
+    """Measure a fitted method: on its own classes as it classifies, on other names as it reads them."""
+    if probe.names is None:
+        encoder = getattr(fitted, "encoder_", None)  # learned inputs change no encoder
+        return {} if encoder is None else _zero_shot(encoder, probe, templates)
+    names = list(probe.names.values())
+    reads = fitted if names == list(fitted.names_ or ()) else fitted.to_new(names)
+    logits = reads.logits([item.source() for item in probe.items])
+    return zeroshot(logits, np.eye(len(names)), _targets(probe))
+
+
+def _targets(probe: Probe) -> np.ndarray:
+    place = {label: i for i, label in enumerate(probe.names or ())}
+    return np.array([place[str(item.label)] for item in probe.items])
+
+
+def _recall(encoder: Any, image: torch.Tensor, probe: Probe) -> dict[str, float]:
+    captions = list(dict.fromkeys(str(item.caption) for item in probe.items))
+    place = {caption: i for i, caption in enumerate(captions)}
+    owner = np.array([place[str(item.caption)] for item in probe.items])
+    return recalls(image.numpy(), encoder.texts(captions).numpy(), owner)
