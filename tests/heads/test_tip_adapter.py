@@ -93,8 +93,8 @@ def test_counts_at_every_weight_are_those_of_argmax():
 
 
 def test_a_tie_counts_as_wrong():
-    base, slope = np.zeros((2, 1)), np.array([[1.0], [1.0]])
-    assert count_right(base, slope, np.array([0]), [0.0, 1.0]).tolist() == [0, 0]
+    base, slope = np.zeros((2, 2)), np.array([[[1.0, 2.0], [1.0, 1.0]]])  # the second is equal only at weight 0
+    assert count_right(base, slope, np.array([0, 0]), [0.0, 1.0]).tolist() == [[0, 1]]
 
 
 def test_alpha_zero_is_zero_shot():

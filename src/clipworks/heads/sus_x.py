@@ -12,7 +12,7 @@ Differs from the paper: the support set is given, not made here. psi uses the ra
 and in answering alike, so no answer depends on what else is asked (the release takes the range of all test images for D
 and of the validation images for A). Weights come from the support by leaving each of its images out, or from
 `validation=` (release: the validation split). Grids: beta 1 to 50 in steps of 1 (release: 200 values), gamma 0 to 30 in
-50 steps, alpha as `tip_adapter`. The search is exact, counting intervals of gamma as `tip_adapter` does of alpha.
+50 steps, alpha as `tip_adapter`. The search is exact, counting intervals of alpha as `tip_adapter` does.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def tally(held: Sequence[Asked], likes: Sequence[np.ndarray], grids: Grids) -> n
         for begin in range(0, len(betas), step):
             chosen = slice(begin, begin + step)
             votes = np.stack([part.votes(beta) for beta in betas[chosen]])
-            for a, alpha in enumerate(alphas):
-                right[chosen, a] += count_right(part.zero + alpha * votes, third, part.y, gammas)
+            for g, gamma in enumerate(gammas):
+                right[chosen, :, g] += count_right(part.zero + gamma * third, votes, part.y, alphas)
     return right
 
 

@@ -248,34 +248,39 @@ def count_right(base: np.ndarray, slope: np.ndarray, y: np.ndarray, weights: Seq
 
     Parameters
     ----------
-    base, slope : (..., C, m), of shapes that go together
+    base : (C, m)
+    slope : (B, C, m)
     y : (m,) class numbers
-    weights : W values of w
+    weights : W values of w, none below 0
 
     Returns
     -------
-    (..., W) counts; a tie counts as wrong
+    (B, W) counts; a tie counts as wrong
 
     Notes
     -----
-    Image i is right where (base_y - base_c) + w (slope_y - slope_c) > 0 for all c: w lies above the largest root of the
-    rising lines and below the smallest root of the falling ones.
+    Image i is right where (base_y - base_c) > w (slope_c - slope_y) for all c. With p_c = (slope_c - slope_y) /
+    (base_y - base_c), 1 / w lies above all p_c of classes that base puts behind y, and below those of classes ahead.
 
-    >>> count_right(np.array([[0.0, 3.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 0]), [0, 2, 4])
-    array([1, 2, 1])
+    >>> base, slope = np.array([[0.0, 3.0], [1.0, 0.0]]), np.array([[[1.0, 0.0], [0.0, 1.0]]])
+    >>> count_right(base, slope, np.array([0, 0]), [0, 2, 4])
+    array([[1, 2, 1]])
     """
     column = np.arange(len(y))
-    ahead, gain = (own[..., None, :] - rows for own, rows in ((r[..., y, column], r) for r in (base, slope)))
-    ahead[..., y, column] = 1.0  # it is not its own rival
-    with np.errstate(divide="ignore", invalid="ignore"):
-        root = -ahead / gain
-    low = np.where(gain > 0, root, -np.inf).max(-2)
-    high = np.where(gain < 0, root, np.inf).min(-2)
-    high[((gain == 0) & (ahead <= 0)).any(-2)] = -np.inf
-    first = np.searchsorted(weights, low, side="right")
-    after = np.maximum(np.searchsorted(weights, high, side="left"), first)
-    ends = np.zeros((*low.shape[:-1], len(weights) + 1), int)
-    where = np.indices(low.shape)[:-1]
-    np.add.at(ends, (*where, first), 1)
-    np.subtract.at(ends, (*where, after), 1)
-    return ends.cumsum(-1)[..., :-1]
+    lead = base[y, column] - base
+    lead[lead == 0] = -1e-300  # equal is as good as just ahead
+    lead[y, column] = 1.0  # it is not its own rival
+    pull = slope - slope[:, None, y, column]
+    pull /= lead
+    low = (pull + np.where(lead > 0, 0.0, -np.inf)).max(1)
+    high = (pull + np.where(lead < 0, 0.0, np.inf)).min(1)
+    with np.errstate(divide="ignore"):
+        inverse = np.minimum(1 / np.asarray(weights, float), np.finfo(float).max)[::-1]  # 1 / w, ascending
+    first = np.searchsorted(inverse, low, side="right")
+    after = np.maximum(np.searchsorted(inverse, high, side="left"), first)
+    size = len(inverse) + 1
+    begins, ends = (
+        np.bincount((place + size * np.arange(len(slope))[:, None]).ravel(), minlength=size * len(slope))
+        for place in (first, after)
+    )
+    return (begins - ends).reshape(-1, size).cumsum(1)[:, -2::-1]
