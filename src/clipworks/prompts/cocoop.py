@@ -43,7 +43,7 @@ class CoCoOp(PromptMethod):
     lr : highest learning rate, of SGD with momentum 0.9 and weight decay 5e-4; cosine, first epoch at 1e-5
     batch_size : images per step; each has class vectors of its own, so memory and time grow with it
     views : of each image, kept from the beginning: the image itself and random crops, of which a step takes one
-    chunk : classes encoded at a time (no effect on the result); default: as many as 0.8 GB hold with ViT-B
+    chunk : classes encoded at a time (no effect on the result); default: as many as 0.7 GB hold with ViT-B
     seed : of the start, the order and the views
 
     Attributes

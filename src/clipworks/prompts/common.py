@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Learned = dict[str, torch.Tensor]
 M = TypeVar("M", bound="PromptMethod")
 WARM_LR = 1e-5  # of the first epoch, in the released code of CoOp and of all that follow it
-TOKENS = 1536  # of text in one backward pass: about 0.8 GB in the text tower of ViT-B
+TOKENS = 1024  # of text in one backward pass: about 0.7 GB in the text tower of ViT-B
 
 
 class PromptMethod(ClassifierMixin, BaseEstimator):

@@ -47,7 +47,7 @@ class TPT(PromptMethod):
     lr : learning rate of AdamW (weight decay 0.01)
     views : of each image: the image itself and random crops, mirrored or not
     share : of the views that is kept, the most confident ones; at least one
-    chunk : classes encoded at a time (no effect on the result); default: as many as 0.8 GB hold with ViT-B
+    chunk : classes encoded at a time (no effect on the result); default: as many as 0.7 GB hold with ViT-B
     seed : of the crops
 
     Attributes
