@@ -157,7 +157,7 @@ def test_killed_it_leaves_nothing_half_and_goes_on(options, room):
              "--shots", "1,2"]  # fmt: skip
     running = subprocess.Popen([sys.executable, "-m", "clipworks", *words], stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    end = time.time() + 120
+    end = time.time() + 600
     while time.time() < end and len(files(options["out"])) < 5 and running.poll() is None:
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
@@ -174,7 +174,7 @@ def test_killed_it_leaves_nothing_half_and_goes_on(options, room):
 class Spy:
     """A contestant that remembers what it was given."""
 
-    spec, info, learns, draws, options = "spy", methods("heads")[0], True, False, {}
+    spec, info, learns, draws, describes = "spy", methods("heads")[0], True, False, False
 
     def __init__(self):
         self.seen, self.asked = [], []
