@@ -3,8 +3,7 @@
 The text vectors stand still (Zhai et al. 2022, LiT, with the sides exchanged), so every loss is a classification
 against a table of vectors, and the batch may be small:
 
-- names: cross-entropy over the class names that images were given; names that mean the same share the target. Names
-  that no image shows are not among the wrong answers, or the tower would learn never to say them;
+- names: cross-entropy over all class names of the corpus and of ImageNet; names that mean the same share the target;
 - captions: cross-entropy over the own caption, those of the batch and others drawn from all captions (InfoNCE);
 - classifier: what the ImageNet classifier said of the undisturbed view, 1000 probabilities against the 1000 class names
   (distillation of logits), also for images of other classes, sketches and thumbnails of photographs.
@@ -67,8 +66,7 @@ class PlaceRecipe:
         pool: int = 1024,
     ):  # fmt: skip
         self.views, self.tables, self.weights, self.pool_size = views, tables, weights, pool
-        self.shown = sorted({tables.name_place[view.texts[0]] for view in views if view.named})
-        self.same = (60 * tables.names[self.shown] @ tables.names[self.shown].T).softmax(1)  # who shares whose target
+        self.same = (60 * tables.names @ tables.names.T).softmax(1)  # who shares the target with whom
         self.maps = np.load(folder / "maps.npy", mmap_mode="r")
         self.teacher = np.load(folder / "teacher.npy", mmap_mode="r")
 
@@ -79,12 +77,11 @@ class PlaceRecipe:
     def batch(self, items: Sequence[Any], step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """Return maps, the place of the text among names or captions (-1: it has none), and the classifier's answer."""
         rows = [int(item.key) for item in items]
-        column = {place: i for i, place in enumerate(self.shown)}
         shared = torch.from_numpy(rng.choice(len(self.tables.captions), self.pool_size, replace=False))
         name, caption = [], []
         for row, draw in zip(rows, rng.spawn(len(rows)), strict=True):
             view = self.views[row]
-            name.append(column[self.tables.name_place[view.texts[0]]] if view.named else -1)
+            name.append(self.tables.name_place[view.texts[0]] if view.named else -1)
             known = [self.tables.caption_place[t] for t in view.texts if t in self.tables.caption_place]
             caption.append(known[draw.integers(len(known))] if known and not view.named else -1)
         maps = torch.from_numpy(self.maps[rows].astype(np.float32)).permute(0, 3, 1, 2)
@@ -98,7 +95,7 @@ class PlaceRecipe:
         count, tables = len(image), self.tables.to(image.device)
         named, told, photo = batch["name"] >= 0, batch["caption"] >= 0, batch["photo"]
         target = self.same[batch["name"][named].cpu()].to(image.device)
-        names = F.cross_entropy(scale * image[named] @ tables.names[self.shown].T, target, reduction="sum")
+        names = F.cross_entropy(scale * image[named] @ tables.names.T, target, reduction="sum")
         own = batch["caption"][told]
         table, place = torch.cat([own, batch["others"]]), torch.arange(len(own), device=image.device)
         logits = scale * image[told] @ tables.captions[table].T
@@ -117,10 +114,7 @@ def fit(encoder: Encoder, recipe: PlaceRecipe, classifier: torch.nn.Linear, most
 
     The stem's 1280 channels become the 384 directions in which the classifier's answers vary most on these images; the
     memory's keys are its weights there, its values the vectors of the class names about their mean. The projection is a
-    ridge regression of what is then missing to the vectors of names and captions. Both are multiplied so that the
-    projection's weights have the usual size of a beginning, 1 / sqrt(width): the vectors' length means nothing to the
-    losses, but steps of the usual learning rate would make a smaller projection outgrow the memory, which stands still
-    and alone knows of classes that no training image shows.
+    ridge regression of what is then missing to the vectors of names and captions.
     """
     visual, tables, stem = encoder.visual.eval(), recipe.tables, encoder.visual.stem
     chosen = range(min(most, len(recipe.views)))
@@ -148,15 +142,12 @@ def fit(encoder: Encoder, recipe: PlaceRecipe, classifier: torch.nn.Linear, most
     recalled = torch.cat([encoder.encode_image(x, normalize=False) for x in maps])[known]
     visual.projection.weight.copy_(torch.eye(*visual.projection.weight.shape))
     pooled = torch.cat([encoder.encode_image(x, normalize=False) for x in maps])[known] - recalled
-    projection = ridge(pooled[:, :width], torch.stack(target) - recalled, 1e-2).T
-    size = width**-0.5 / projection.square().mean().sqrt()
-    visual.projection.weight.copy_(size * projection)
-    visual.memory.values.weight.mul_(size)
+    visual.projection.weight.copy_(ridge(pooled[:, :width], torch.stack(target) - recalled, 1e-2).T)
 
 
 def main(
     encoder: Encoder, folder: Path, tables: Tables, classifier: torch.nn.Linear, out: Path, *,
-    weights: Sequence[float] = (1.0, 1.0, 1.0), epochs: float = 1.4, batch_size: int = 256,
+    weights: Sequence[float] = (1.0, 1.0, 1.0), epochs: float = 1.6, batch_size: int = 256,
     left_out: Collection[str] = (), **options: Any,
 ) -> TrainReport:  # fmt: skip
     """Train the image tower above the middle of its stem; text tower and memory stay.
