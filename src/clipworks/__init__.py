@@ -20,6 +20,7 @@ _PUBLIC = {
     "classify": "zeroshot.classify",
     "segment": "segment.segmenter",
     "inspect": "anomaly.inspection",
+    "explain": "analysis.explain",
     "methods": "registry",
     "get_method": "registry",
     "BadImage": "errors",
