@@ -8,6 +8,7 @@ import torch
 from clipworks.errors import ClipworksError
 from clipworks.segment.clearclip import ClearCLIP
 from clipworks.segment.maskclip import MaskCLIP
+from clipworks.segment.patch_tokens import PatchTokens
 
 
 @torch.no_grad()
@@ -17,6 +18,12 @@ def test_against_numpy(rule):
     weights = plain.like(plain.projections(found)["qkv".index(rule[0])])
     expected = plain.projected(found, plain.attended(found, weights))
     np.testing.assert_allclose(ClearCLIP(rule).features(found), expected, atol=1e-10)
+
+
+@torch.no_grad()
+def test_with_residual_sum_the_trained_rule_gives_clips_own_tokens():
+    found = plain.hidden()
+    assert torch.equal(ClearCLIP("qk", residual=True).features(found), PatchTokens().features(found))
 
 
 @torch.no_grad()

@@ -21,13 +21,15 @@ def bonus(grid, sigma):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("sigma", [0.7, 5.0])
-def test_against_numpy(sigma):
+def test_against_numpy(sigma, residual):
     found = plain.hidden()
     k = plain.projections(found)[1]
     weights = plain.softmax(k @ k.swapaxes(-2, -1) / np.sqrt(k.shape[-1]) + bonus(found.grid, sigma))
-    expected = plain.projected(found, plain.attended(found, weights))
-    np.testing.assert_allclose(NACLIP(sigma).features(found), expected, atol=1e-10)
+    y = plain.attended(found, weights)
+    expected = plain.projected(found, plain.finished(found, y) if residual else y)
+    np.testing.assert_allclose(NACLIP(sigma, residual).features(found), expected, atol=1e-10)
 
 
 @torch.no_grad()

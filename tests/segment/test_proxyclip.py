@@ -8,6 +8,7 @@ import torch
 from clipworks.errors import ClipworksError
 from clipworks.segment.affinity import VisionModel, features_of
 from clipworks.segment.common import enter, interpolation
+from clipworks.segment.maskclip import MaskCLIP
 from clipworks.segment.proxyclip import ProxyCLIP, proxy_attention
 
 
@@ -67,6 +68,14 @@ def test_regions_of_one_feature_give_the_mean_value_of_the_region():
     same[1:, 1:] = (regions.reshape(-1, 1) == regions.reshape(1, -1)) / 12
     expected = plain.projected(found, plain.attended(found, same[None, None]))
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_with_residual_sum_each_patch_alone_is_maskclip():
+    found = plain.hidden()
+    apart = torch.eye(24).reshape(24, 4, 6).expand(2, -1, -1, -1)
+    got = ProxyCLIP(lambda images: apart, residual=True).features(found)
+    np.testing.assert_allclose(got, MaskCLIP().features(found), atol=1e-6)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ class ClearCLIP(Dense):
     Parameters
     ----------
     rule : attention rule, see `encoders.layers.attention_weights` (paper: "qq"; it also compares "kk", "vv", "qk")
+    residual : keep residual sum and feed-forward part of the last block (paper: False, which is its claim)
 
     Inputs
     ------
@@ -46,9 +47,10 @@ class ClearCLIP(Dense):
     torch.Size([1, 4, 6, 8])
     """
 
-    def __init__(self, rule: Rule = "qq"):
-        self.rule = rule
+    def __init__(self, rule: Rule = "qq", residual: bool = False):
+        self.rule, self.residual = rule, residual
 
     def features(self, hidden: Hidden) -> torch.Tensor:
         """A map (B, h, w, dim), not normalised."""
-        return hidden.project(hidden.attend(self.rule))
+        attended = hidden.attend(self.rule)
+        return hidden.project(hidden.finish(attended) if self.residual else attended)

@@ -47,9 +47,9 @@ class Hidden:
         """What the attention of the last block gives under a rule, (B, N, width): no residual sum, no feed-forward."""
         return self.block.attention(self.block.norm1(self.inputs[-1]), rule=rule)[0]
 
-    def finish(self, attended: torch.Tensor) -> torch.Tensor:
-        """The rest of the last block: residual sum, then feed-forward part with its own."""
-        x = self.inputs[-1] + attended
+    def finish(self, attended: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+        """The rest of the last block: sum with its input (or `x`), then the feed-forward part with its own."""
+        x = (self.inputs[-1] if x is None else x) + attended
         return x + self.block.mlp(self.block.norm2(x))
 
     def heads(self, name: str) -> torch.Tensor:

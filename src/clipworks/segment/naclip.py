@@ -30,6 +30,7 @@ class NACLIP(Dense):
     Parameters
     ----------
     sigma : standard deviation of the bonus, in patches (release: 5)
+    residual : keep residual sum and feed-forward part of the last block (paper: False)
 
     Inputs
     ------
@@ -52,8 +53,8 @@ class NACLIP(Dense):
     torch.Size([1, 4, 6, 8])
     """
 
-    def __init__(self, sigma: float = 5.0):
-        self.sigma = check_range("sigma", sigma, 0)
+    def __init__(self, sigma: float = 5.0, residual: bool = False):
+        self.sigma, self.residual = check_range("sigma", sigma, 0), residual
 
     def features(self, hidden: Hidden) -> torch.Tensor:
         """A map (B, h, w, dim), not normalised."""
@@ -63,7 +64,8 @@ class NACLIP(Dense):
             keys = wide(k)
             return (keys @ keys.transpose(-2, -1) * k.shape[-1] ** -0.5 + bonus.to(keys)).softmax(-1)
 
-        return hidden.project(hidden.attend(rule))
+        attended = hidden.attend(rule)
+        return hidden.project(hidden.finish(attended) if self.residual else attended)
 
 
 def neighbourhood(grid: tuple[int, int], sigma: float) -> torch.Tensor:

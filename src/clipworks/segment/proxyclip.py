@@ -32,6 +32,7 @@ class ProxyCLIP(Dense):
     ----------
     affinity : "own", "hf:organisation/name", or a function, see `segment.affinity` (paper: DINO ViT-B/16)
     shift, gain : b and g (release: 1.2 and 3)
+    residual : keep residual sum and feed-forward part of the last block (paper: False)
 
     Inputs
     ------
@@ -56,7 +57,8 @@ class ProxyCLIP(Dense):
 
     sides = (SIDE,)
 
-    def __init__(self, affinity: str | Provider = "own", shift: float = 1.2, gain: float = 3.0):
+    def __init__(self, affinity: str | Provider = "own", shift: float = 1.2, gain: float = 3.0, residual: bool = False):
+        self.residual = residual
         self.affinity = provider(affinity)
         self.shift, self.gain = check_range("shift", shift, 0), check_range("gain", gain, 0)
 
@@ -67,7 +69,7 @@ class ProxyCLIP(Dense):
         return features if recalled is None else features + recalled
 
     def averaged(self, hidden: Hidden) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention's output (B, rows, columns, width) before the last norm, and what a memory recalls there."""
+        """The last block's output (B, rows, columns, width) before the last norm, and what a memory recalls there."""
         maps = features_of(self.affinity, hidden)
         weights = proxy_attention(maps, self.shift, self.gain).to(hidden.inputs[-1])
         size, grid = maps.shape[1:3], hidden.grid
@@ -79,7 +81,10 @@ class ProxyCLIP(Dense):
 
         memory = getattr(hidden.visual, "memory", None)
         recalled = None if memory is None or hidden.embedded is None else weights @ memory(hidden.embedded)
-        tokens = hidden.attend(rule).unflatten(1, size)
+        tokens = hidden.attend(rule)
+        if self.residual:
+            tokens = hidden.finish(tokens, resize.to(tokens) @ hidden.inputs[-1][:, hidden.prefix :])
+        tokens = tokens.unflatten(1, size)
         return tokens, None if recalled is None else recalled.unflatten(1, size)
 
 

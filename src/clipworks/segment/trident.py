@@ -38,7 +38,7 @@ class Trident(ProxyCLIP):
 
     Parameters
     ----------
-    affinity, shift, gain : of the windows, as for `ProxyCLIP`
+    affinity, shift, gain, residual : of the windows, as for `ProxyCLIP`
     guide : "own", "hf:organisation/name" of a SAM, or a function, see `segment.guide` (paper: SAM ViT-B)
     factor : threshold of the guide's values, as a factor of their mean (release: 1.2)
 
@@ -72,8 +72,9 @@ class Trident(ProxyCLIP):
         gain: float = 3.0,
         guide: str | Guide = "own",
         factor: float = 1.2,
+        residual: bool = False,
     ):
-        super().__init__(affinity, shift, gain)
+        super().__init__(affinity, shift, gain, residual)
         if isinstance(guide, str) and guide.startswith("hf:"):
             guide = SamGuide(guide[3:])
         if not callable(guide) and guide != "own":

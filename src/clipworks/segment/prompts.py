@@ -1,0 +1,122 @@
+"""Masks of a promptable model in the place of coarse ones: the last stage of Trident, a refinement for `segment`.
+
+Every region of the coarse mask becomes a prompt: its box, its surest pixel, its scores. Where the model is sure of its
+mask, the class's score there is sigmoid(mask) times the coarse one; where it is not, the coarse scores stay.
+
+Shi, Dong and Xu 2025, Harnessing Vision Foundation Models for High-Performance, Training-Free Open Vocabulary
+Segmentation (ICCV).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import check_range, need
+
+# from a box (left, top, right, bottom), a point (x, y) and scores (H, W) to the logits of a mask (H, W) and their IoU
+Predict = Callable[[tuple[int, int, int, int], tuple[int, int], torch.Tensor], "tuple[torch.Tensor, float]"]
+FAINT = 0.005  # factor of the scores that are handed over as a mask (release)
+
+
+class Prompted:
+    """A refinement for `segment(refine=...)`.
+
+    Parameters
+    ----------
+    model : from an image (3, H, W) in [0, 255] to a function that answers prompts (see `Predict`), such as `Sam`
+    threshold : probability below which a pixel belongs to no region (release: 0.05 to 0.25 by data set)
+    smallest : pixels of a region that is asked about (release: 225)
+    sure : IoU, as the model predicts it, from which on its mask is taken (release: 0.8)
+
+    Examples
+    --------
+    >>> def model(image):
+    ...     return lambda box, point, scores: (torch.full(image.shape[1:], 9.0), 1.0)
+    >>> Prompted(model, smallest=1)(torch.zeros(3, 2, 2), torch.full((1, 2, 2), 0.5)).mean()
+    tensor(0.4999)
+    """
+
+    def __init__(
+        self,
+        model: Callable[[torch.Tensor], Predict],
+        threshold: float = 0.2,
+        smallest: int = 225,
+        sure: float = 0.8,
+    ):
+        self.model, self.threshold = model, check_range("threshold", threshold, 0, 1)
+        self.smallest, self.sure = check_range("smallest", smallest, 1), check_range("sure", sure, 0, 1)
+
+    def __call__(self, image: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (K, H, W) of an image, refined; pixels that no region reaches keep theirs."""
+        from scipy.ndimage import find_objects, label
+
+        predict = self.model(image)
+        best, owner = scores.max(0)
+        made = torch.zeros_like(scores)
+        for index, score in enumerate(scores):
+            places = (owner == index) & (best >= self.threshold)
+            numbers, count = label(places.cpu().numpy(), torch.ones(3, 3).numpy())
+            regions = torch.from_numpy(numbers)
+            for number, (rows, columns) in enumerate(find_objects(numbers)[:count], start=1):
+                region = regions == number
+                if int(region.sum()) < self.smallest:
+                    continue
+                inside = torch.where(region, score, -1.0)
+                y, x = divmod(int(inside.argmax()), score.shape[1])
+                box = (columns.start, rows.start, columns.stop - 1, rows.stop - 1)
+                logits, quality = predict(box, (x, y), FAINT * torch.where(score >= self.threshold, score, 0.0))
+                if quality > self.sure:
+                    new = logits.sigmoid() * score * (logits > 0)
+                else:
+                    new = torch.where(region, score, 0.0)
+                made[index] = torch.maximum(made[index], new.to(made))
+        return torch.where(made.amax(0) > 0, made, scores)
+
+
+class Sam:
+    """A SAM through transformers; an image is encoded once for all its prompts.
+
+    Parameters
+    ----------
+    name : on the hub ("facebook/sam-vit-base") or a folder; weights are read from safetensors only
+    """
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, name: str):
+        transformers = need("transformers", "teachers")
+        self.name = name
+        self.model: Any = transformers.SamModel.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
+        self.size = self.model.config.vision_config.image_size
+        self.coarse = 4 * self.size // self.model.config.vision_config.patch_size
+
+    def __call__(self, image: torch.Tensor) -> Predict:
+        """Encode an image (3, H, W) in [0, 255]; the longer side is brought to SAM's size."""
+        height, width = image.shape[-2:]
+        factor = self.size / max(height, width)
+        tall, wide = round(height * factor), round(width * factor)
+        mean, std = (image.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        resized = F.interpolate(image[None] / 255, (tall, wide), mode="bilinear", antialias=True)
+        pixels = F.pad((resized - mean) / std, (0, self.size - wide, 0, self.size - tall))
+        embeddings = self.model.get_image_embeddings(pixels.float())
+        kept = (max(1, round(tall * self.coarse / self.size)), max(1, round(wide * self.coarse / self.size)))
+
+        def predict(
+            box: tuple[int, int, int, int], point: tuple[int, int], scores: torch.Tensor
+        ) -> tuple[torch.Tensor, float]:
+            small = F.interpolate(scores[None, None].float(), kept, mode="bilinear")
+            hint = F.pad(small, (0, self.coarse - kept[1], 0, self.coarse - kept[0]))
+            answer = self.model(
+                image_embeddings=embeddings, multimask_output=False, input_masks=hint,
+                input_boxes=torch.tensor([[[value * factor for value in box]]]),
+                input_points=torch.tensor([[[[value * factor for value in point]]]]),
+                input_labels=torch.ones(1, 1, 1, dtype=torch.long),
+            )  # fmt: skip
+            logits = answer.pred_masks[0, 0][None, :, : kept[0], : kept[1]]
+            return F.interpolate(logits, (height, width), mode="bilinear")[0, 0], float(answer.iou_scores.max())
+
+        return predict
