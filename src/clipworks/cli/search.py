@@ -28,6 +28,8 @@ def search(
     Examples:
       clipworks search photos.collection "a red bicycle" --sheet found.png
       clipworks search photos.collection "at night" --image bicycle.jpg --negative "a person" -k 20
+      clipworks search photos.collection "a horse with stripes" --minus "a horse" --diverse 0.5
+      clipworks search photos.collection --image bicycle.jpg --expand 5
       clipworks search photos.collection "a cat" --where "label = 'pets'" --columns caption --json
     """
     from ..store.collection import Collection

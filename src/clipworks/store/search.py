@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ClipworksError, check_range
+from ..retrieval.queries import compose, is_vector, make_query, parts_of, shown, unit
 from ..types import Ranking
 from .collection import Collection
 from .exact import MEMORY, top_k
@@ -17,6 +18,8 @@ from .identity import encoder_of
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
+
+CANDIDATES = 10  # times k are looked at, where hits are to differ from each other
 
 
 def search(
@@ -28,7 +31,11 @@ def search(
     encoder: str | Encoder | None = None,
     image: str | Path | None = None,
     negative: str | Sequence[str] | None = None,
+    minus: str | Sequence[str] | None = None,
     weights: Sequence[float] | None = None,
+    expand: int = 0,
+    rerank: int = 0,
+    diverse: float = 0.0,
     columns: Sequence[str] = (),
     memory: int = MEMORY,
 ) -> Ranking:
@@ -47,13 +54,17 @@ def search(
     encoder : for words and images (default: the one recorded in the collection)
     image : path of an image that joins the query
     negative : words to move away from; each counts -0.5
-    weights : one number per part, in the order query, image, negative (default 1 each, -0.5 for negatives)
+    minus : words that are taken away in full, "a horse with stripes" minus "a horse"; each counts -1
+    weights : one number per part, in the order query, image, negative, minus (default 1, 1, -0.5, -1)
+    expand : number of first hits that join the query for a second search (0: none)
+    rerank : number of first hits that are ordered anew by the neighbours they share (0: none; 100 is usual)
+    diverse : how unlike each other the hits are to be, from 0 (not at all) to 1
     columns : columns to return with each hit
     memory : bytes of working memory
 
     Returns
     -------
-    Ranking: keys and cosines, best first
+    Ranking: keys and cosines, best first; with `rerank` or `diverse` in the order that these give
 
     Raises
     ------
@@ -63,21 +74,41 @@ def search(
         If the encoder is not the one that made the collection.
     """
     opened = Collection.open(collection)
-    parts = _parts(query)
-    if image is not None:
-        parts.append(image if not isinstance(image, str) else Path(image))
-    words = [negative] if isinstance(negative, str) else list(negative or [])
-    if not parts and not words:
-        raise ClipworksError("query must be words, an image or a vector. Got nothing.")
-    given = [1.0] * len(parts) + [-0.5] * len(words) if weights is None else [float(w) for w in weights]
-    parts += words
-    if len(given) != len(parts):
-        raise ClipworksError(f"weights must have one number per part of the query ({len(parts)}). Got {len(given)}.")
-    vectors = query_vectors(opened, parts, encoder)
-    total = _unit(np.asarray(given, np.float64)[None] @ vectors.astype(np.float64))
-    signed = [f"{'-' if w < 0 else '+'} {_shown(part)}" for w, part in zip(given, parts, strict=True)]
-    shown = " ".join(signed).removeprefix("+ ")
-    return _rank(opened, total.astype(np.float32), [shown], k, where, columns, memory)[0]
+    asked = make_query(query, image=image, negative=negative, minus=minus, weights=weights)
+    check_range("k", k, 1)
+    check_range("expand", expand, 0)
+    check_range("rerank", rerank, 0)
+    check_range("diverse", diverse, 0.0, 1.0)
+    vector = compose(query_vectors(opened, asked.parts, encoder), asked.weights)
+    rows = None if where is None else opened.where(where)
+    if expand:
+        from ..retrieval.query_expansion import expand_query
+
+        first, hits = _top(opened, vector[None], expand, rows, memory)
+        vector = expand_query(vector, opened.vectors[hits[0]], first[0])
+    wide = max(k, rerank, CANDIDATES * k if diverse else 0)
+    scores, found = _top(opened, vector[None], wide, rows, memory)
+    chosen = _second_look(vector, opened.vectors[found[0]], scores[0], k, rerank, diverse)
+    return _answers(opened, scores[:, chosen], found[:, chosen], [str(asked)], columns)[0]
+
+
+def _second_look(
+    query: np.ndarray, vectors: np.ndarray, scores: np.ndarray, k: int, rerank: int, diverse: float
+) -> np.ndarray:
+    """Places of k hits among the candidates, in their new order."""
+    order = np.arange(len(scores))
+    if rerank and len(scores):
+        from ..retrieval.rerank import reciprocal_distances
+
+        distance = reciprocal_distances(query[None], vectors[:rerank])[0]
+        order[: len(distance)] = np.argsort(distance, kind="stable")
+    if diverse:
+        from ..retrieval.diversity import diverse_order
+
+        # relevance is the place that a hit has by now: with rerank its cosine no longer says it
+        relevance = scores[order] if not rerank else -np.arange(len(order), dtype=np.float64)
+        order = order[diverse_order(vectors[order], relevance, k, diverse)]
+    return order[:k]
 
 
 def search_many(
@@ -102,11 +133,11 @@ def search_many(
     one Ranking per query
     """
     opened = Collection.open(collection)
-    parts = _parts(queries)
+    parts = parts_of(queries)
     if not parts:
         return []
-    vectors = _unit(query_vectors(opened, parts, encoder))
-    return _rank(opened, vectors.astype(np.float32), [_shown(p) for p in parts], k, where, columns, memory)
+    vectors = unit(query_vectors(opened, parts, encoder))
+    return _rank(opened, vectors.astype(np.float32), [shown(p) for p in parts], k, where, columns, memory)
 
 
 def similar(
@@ -132,7 +163,7 @@ def similar(
     opened = Collection.open(collection)
     row = opened.row(key)
     rows = np.arange(len(opened)) if where is None else opened.where(where)
-    query = _unit(opened.vector(key)[None])
+    query = unit(opened.vector(key)[None])
     if where is None:  # reading all rows in order is faster than a choice of them
         found = _rank(opened, query, [key], k + 1, None, columns, memory)[0]
         keep = [i for i, other in enumerate(found.keys) if other != key][:k]
@@ -152,7 +183,7 @@ def query_vectors(collection: Collection, parts: Sequence[Any], encoder: str | E
     """
     out = np.empty((len(parts), collection.dim), np.float32)
     texts = [i for i, part in enumerate(parts) if isinstance(part, str)]
-    ready = [i for i, part in enumerate(parts) if _is_vector(part)]
+    ready = [i for i, part in enumerate(parts) if is_vector(part)]
     images = [i for i in range(len(parts)) if i not in {*texts, *ready}]
     if empty := [i for i in texts if not parts[i].strip()]:
         raise ClipworksError(f"query must not be empty words. Got {parts[empty[0]]!r}.")
@@ -160,7 +191,7 @@ def query_vectors(collection: Collection, parts: Sequence[Any], encoder: str | E
         vector = np.asarray(parts[i], np.float32)
         if vector.shape != (collection.dim,) or not np.isfinite(vector).all():
             raise ClipworksError(f"a query vector must hold {collection.dim} finite numbers. Got shape {vector.shape}.")
-        out[i] = _unit(vector[None])[0]
+        out[i] = unit(vector[None])[0]
     if texts or images:
         model = encoder_of(collection, encoder)
         if texts:
@@ -173,51 +204,31 @@ def query_vectors(collection: Collection, parts: Sequence[Any], encoder: str | E
 def _rank(
     collection: Collection,
     vectors: np.ndarray,
-    shown: list[str],
+    queries: list[str],
     k: int,
     where: Any,
     columns: Sequence[str],
     memory: int,
 ) -> list[Ranking]:
     check_range("k", k, 1)
-    columns = [columns] if isinstance(columns, str) else list(columns)
     rows = where if where is None or isinstance(where, np.ndarray) else collection.where(where)
-    scores, found = top_k(collection.vectors, vectors, k, rows=rows, memory=memory, norm=collection.norm)
+    return _answers(collection, *_top(collection, vectors, k, rows, memory), queries, columns)
+
+
+def _top(
+    collection: Collection, vectors: np.ndarray, k: int, rows: np.ndarray | None, memory: int
+) -> tuple[np.ndarray, np.ndarray]:
+    return top_k(collection.vectors, vectors, k, rows=rows, memory=memory, norm=collection.norm)
+
+
+def _answers(
+    collection: Collection, scores: np.ndarray, found: np.ndarray, queries: list[str], columns: Sequence[str]
+) -> list[Ranking]:
+    """One ranking per query, with the columns asked for."""
+    columns = [columns] if isinstance(columns, str) else list(columns)
     flat = collection.take(found.reshape(-1), columns) if columns else []
     width = found.shape[1]
     return [
         Ranking([collection.keys[j] for j in hits], values, text, flat[i * width : (i + 1) * width])
-        for i, (hits, values, text) in enumerate(zip(found, scores, shown, strict=True))
+        for i, (hits, values, text) in enumerate(zip(found, scores, queries, strict=True))
     ]
-
-
-def _parts(query: Any) -> list[Any]:
-    """The parts of a query; a matrix is a list of vectors, and torch tensors are arrays."""
-    if query is None:
-        return []
-    if hasattr(query, "detach"):
-        query = query.detach().cpu().numpy()
-    if isinstance(query, np.ndarray):
-        return list(query) if query.ndim == 2 and query.dtype != np.uint8 else [query]
-    if isinstance(query, (list, tuple)):
-        if query and all(isinstance(x, (int, float)) for x in query):
-            return [np.asarray(query, np.float32)]
-        return [part for entry in query for part in _parts(entry)]
-    return [query]
-
-
-def _is_vector(part: Any) -> bool:
-    return isinstance(part, np.ndarray) and part.dtype != np.uint8
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if not (lengths > 0).all():
-        raise ClipworksError("the query is a vector of length zero: its parts cancel.")
-    return vectors / lengths
-
-
-def _shown(part: Any) -> str:
-    if isinstance(part, (str, os.PathLike)):
-        return os.fspath(part)
-    return "vector" if _is_vector(part) else "image"
