@@ -228,12 +228,7 @@ def sheet(encoder: Any, folder: Path, to: Path, count: int = 5) -> None:
     """Photo, plain tokens, two methods and a refined one, a row per photo."""
     names = list(coco_names(folder).values())
     rows = []
-    settings: dict[str, dict[str, Any]] = {
-        "patch-tokens": {},
-        "sclip": {},
-        "clip-dinoiser": {},
-        "clip-dinoiser, pamr": {},
-    }
+    settings = ("patch-tokens", "sclip", "proxyclip, residual kept", "proxyclip, residual kept, pamr")
     ready = {
         name: Segmenter(names, method=METHODS[name.removesuffix(", pamr")], encoder=encoder, smallest=0.02, window=1024,
                         refine="pamr" if "pamr" in name else None) for name in settings
