@@ -91,7 +91,7 @@ def _routes(app: FastAPI, service: Service) -> None:
             rows = await service.read(lambda: view.where(request.where)) if request.where else None
             total = len(view) if rows is None else len(rows)
             end = request.offset + request.k
-            texts = [request.text] * (request.text is not None) + request.minus
+            texts = [*([] if request.text is None else [request.text]), *request.minus]
             own = service.row(view, request.like) if request.like else None
             if not (texts or request.image or request.vector or own is not None):
                 chosen = np.arange(len(view))[request.offset : end] if rows is None else rows[request.offset : end]

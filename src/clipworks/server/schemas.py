@@ -52,7 +52,7 @@ Image = Annotated[str, Field(description="An image file in base64; nothing is fe
 Id = Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="Id of an image of the collection.")]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 Vector = Annotated[list[Number], Field(max_length=8192)]
-Value = str | float | bool | None
+Word = Annotated[str, Field(max_length=500)]
 
 
 class Strict(BaseModel):
@@ -67,7 +67,7 @@ class Condition(Strict):
     column: Annotated[str, Field(max_length=200)]
     operator: Annotated[str, Field(max_length=10, description="is, is not, below, at most, above, at least, contains, "
                                                               "in, missing, present")] = "is"  # fmt: skip
-    value: Annotated[str, Field(max_length=500)] | bool | Number | Annotated[list[Annotated[str, Field(max_length=500)] | Number], Field(max_length=100)] | None = None  # fmt: skip
+    value: Word | bool | Number | Annotated[list[Word | Number], Field(max_length=100)] | None = None
 
 
 class Search(Strict):
@@ -201,7 +201,7 @@ class Compare(Strict):
     b: Annotated[list[Id] | None, Field(min_length=1, max_length=IDS)] = None
 
 
-class Word(BaseModel):
+class Telling(BaseModel):
     """A word that fits one selection better than the other."""
 
     word: str
@@ -212,8 +212,8 @@ class Word(BaseModel):
 class Differences(BaseModel):
     """Words for either side, the most telling first."""
 
-    a: list[Word]
-    b: list[Word]
+    a: list[Telling]
+    b: list[Telling]
     counts: list[int]
 
 

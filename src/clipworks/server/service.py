@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ..data.decode import Limits, decode_pixels
 from ..errors import BadImage, ClipworksError
-from ..store.collection import Collection
 from .batcher import Batcher, Busy, Closed
 from .engine import Ask, Call, Engine, Found, OutOfMemory, lacks_memory
 from .guard import Refused
@@ -172,7 +171,7 @@ class Service:
         """Preprocessed pixels of images in base64."""
         if images and self.engine.preprocess is None:
             await self.call(lambda _: None)
-        return [await self.read(lambda data=data: self._prepared(data), self.decoders) for data in images]
+        return [await self.read(partial(self._prepared, data), self.decoders) for data in images]
 
     def _prepared(self, data: str) -> Any:
         return self.engine.preprocess(decode_pixels(image_bytes(data), key="image", limits=self.limits))
@@ -203,11 +202,3 @@ class Service:
             return view.row(item)
         except KeyError:
             raise Refused(404, "the collection has no image of this id.") from None
-
-    def uptime(self) -> float:
-        return time.time() - self.metrics._start
-
-
-def opened(collection: Any) -> Collection:
-    """The collection, opened before anything else is started."""
-    return Collection.open(collection)

@@ -169,8 +169,7 @@ class View:
         count = len(self)
         rows = np.unique(np.linspace(0, count - 1, min(count, POINTS)).astype(int)) if count else np.empty(0, int)
         if count < 2:
-            return {"total": count, "ids": self.ids(rows), "names": [self.name(r) for r in rows],
-                    "labels": self._labels(rows), "x": [0.0] * count, "y": [0.0] * count, "explained": [0.0, 0.0]}  # fmt: skip
+            return self._placed(rows, np.zeros((count, 2)), [0.0, 0.0])
         some = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), FITTED)).astype(int))]
         sample = np.asarray(self.collection.vectors[some], np.float32)
         mean = sample.mean(0)
@@ -185,12 +184,13 @@ class View:
             places = np.concatenate([places, np.zeros((len(places), 1))], 1)
         total = max(float(values.clip(0).sum()), 1e-12)
         explained = [round(float(v) / total, 4) for v in values[::-1][:2]]
-        return {"total": count, "ids": self.ids(rows), "names": [self.name(r) for r in rows],
-                "labels": self._labels(rows), "x": places[:, 0].round(4).tolist(), "y": places[:, 1].round(4).tolist(),
-                "explained": explained}  # fmt: skip
+        return self._placed(rows, places, explained)
 
-    def _labels(self, rows: np.ndarray) -> list[str | None]:
-        return [row["label"] for row in self.collection.take(rows, ["label"])] if len(rows) else []
+    def _placed(self, rows: np.ndarray, places: np.ndarray, explained: list[float]) -> dict[str, Any]:
+        labels = [row["label"] for row in self.collection.take(rows, ["label"])] if len(rows) else []
+        return {"total": len(self), "ids": self.ids(rows), "names": [self.name(row) for row in rows], "labels": labels,
+                "x": places[:, 0].round(4).tolist(), "y": places[:, 1].round(4).tolist(),
+                "explained": explained}  # fmt: skip
 
 
 def item_id(key: str) -> str:
@@ -222,7 +222,7 @@ def condition(given: Any, columns: dict[str, str]) -> str:
         raise ClipworksError(f"the value of the condition {given.operator!r} must be one word or number.")
     if given.operator == "contains":
         if not text or not isinstance(value, str):
-            raise ClipworksError(f"'contains' needs a column of words and a word. {given.column!r} and {value!r} given.")
+            raise ClipworksError(f"'contains' needs a column of words and a word. Got {given.column!r} and {value!r}.")
         return f"strpos(lower({column}), {literal(value.lower())}) > 0"
     return f"{column} {OPERATORS[given.operator]} {literal(value)}"
 

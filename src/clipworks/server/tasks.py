@@ -65,9 +65,7 @@ def _words(service: Service, encoder: Any, names: list[str], templates: list[str
     from ..zeroshot.classifier import class_vectors
 
     key = ("words", tuple(names), tuple(templates or ()))
-    made = service.engine.remember(
-        key, lambda: class_vectors(names, encoder, templates=templates or "default").numpy()
-    )
+    made = service.engine.remember(key, lambda: class_vectors(names, encoder, templates=templates or "default").numpy())
     return made, float(encoder.logit_scale)
 
 
@@ -150,7 +148,9 @@ async def compared(service: Service, request: s.Compare) -> s.Differences:
     words = vocabulary()
     vectors = await service.call(lambda encoder: _words(service, encoder, list(words), ["a photo of {}"])[0])
     sides = await service.read(lambda: _differences(view, a, b, vectors))
-    shown = [[s.Word(word=words[i], difference=round(d, 5), auroc=round(u, 4)) for i, d, u in side] for side in sides]
+    shown = [
+        [s.Telling(word=words[i], difference=round(d, 5), auroc=round(u, 4)) for i, d, u in side] for side in sides
+    ]
     return s.Differences(a=shown[0], b=shown[1], counts=[len(a), len(b)])
 
 
