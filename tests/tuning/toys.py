@@ -59,6 +59,7 @@ def quick(kind: type, **settings: Any) -> Any:
         "names": NAMES,
         "templates": TEMPLATE,
         "steps_per_shot": 0.5,
+        "steps": 1,
         "epochs": 1,
         "batch_size": 6,
         "augment": "none",

@@ -169,7 +169,8 @@ class Tuner(ClassifierMixin, BaseEstimator):
         changed = {name: value for name, value in after.items() if not torch.equal(value.cpu(), before[name].cpu())}
         if self._own_head:
             changed["classifier"] = self.classifier_  # type: ignore[assignment]
-        settings = {k: v for k, v in self.get_params(deep=False).items() if k != "encoder"}
+        every = self.get_params(deep=False)
+        settings = {k: v for k, v in every.items() if k != "encoder" and not isinstance(v, Encoder)}
         record = {
             "method": type(self).__name__, "settings": settings, "classes": self.classes_.tolist(),
             "names": self.names_, "alpha": self.alpha_, "fingerprint": base.fingerprint,

@@ -1,0 +1,121 @@
+"""Task after task: run a method over several, and report what each one gave and what it took.
+
+After every task all tasks are measured by their class words, so that tasks not learned yet show zero-shot ability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.base import clone
+
+from ..encoders.encoder import Encoder
+from ..errors import ClipworksError
+from .common import Tuner, resolve_encoder
+from .shots import class_numbers
+
+
+@dataclass
+class Task:
+    """Images of one task.
+
+    Attributes
+    ----------
+    title : what it is called
+    names : class names
+    images, y : to learn; labels are names or numbers
+    held, held_y : to measure
+    """
+
+    title: str
+    names: Sequence[str]
+    images: Any
+    y: Any
+    held: Any
+    held_y: Any
+
+
+@dataclass
+class ContinualReport:
+    """Accuracies over time, in percent.
+
+    Attributes
+    ----------
+    titles : of the n tasks
+    start : (n,) before the first task, zero-shot
+    accuracy : (n, n); row i holds all tasks after learning task i
+    encoder : after the last task
+    """
+
+    titles: list[str]
+    start: np.ndarray
+    accuracy: np.ndarray
+    encoder: Encoder
+
+    @property
+    def transfer(self) -> float:
+        """Mean over tasks of their accuracy before they are learned (after at least one other), ZSCL's Transfer."""
+        above = [self.accuracy[:j, j].mean() for j in range(1, len(self.titles))]
+        return float(np.mean(above)) if above else float("nan")
+
+    @property
+    def average(self) -> float:
+        """Mean over tasks and time, ZSCL's Avg."""
+        return float(self.accuracy.mean())
+
+    @property
+    def last(self) -> float:
+        """Mean over tasks at the end, ZSCL's Last."""
+        return float(self.accuracy[-1].mean())
+
+    @property
+    def backward(self) -> float:
+        """Mean change of a task's accuracy from when it was learned to the end; below 0 it was forgotten."""
+        change = self.accuracy[-1, :-1] - self.accuracy.diagonal()[:-1]
+        return float(change.mean()) if len(change) else float("nan")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the encoder, ready for JSON."""
+        measures = {name: getattr(self, name) for name in ("transfer", "average", "last", "backward")}
+        return {"tasks": self.titles, "start": self.start.tolist(), "accuracy": self.accuracy.tolist(), **measures}
+
+
+def continual(method: Tuner, tasks: Sequence[Task], *, original_teacher: bool = False) -> ContinualReport:
+    """Learn tasks one after the other, each from the encoder that the one before gave.
+
+    Parameters
+    ----------
+    method : settings of the method; `names` and `encoder` are set for every task, the first encoder is its own
+    tasks : in the order of learning
+    original_teacher : give a method with `teacher` the encoder before all tasks, not that of the task before
+
+    Returns
+    -------
+    ContinualReport
+    """
+    if not tasks:
+        raise ClipworksError("tasks must hold at least one task. Got none.")
+    if original_teacher and "teacher" not in method.get_params(deep=False):
+        raise ClipworksError(f"original_teacher needs a method with teacher. {type(method).__name__} has none.")
+    first = encoder = resolve_encoder(method.encoder)
+    plain = Tuner()
+    rows = []
+    start = np.array([_accuracy(plain, first, task, method.templates) for task in tasks])
+    for task in tasks:
+        changes = {"teacher": first} if original_teacher else {}
+        made = clone(method).set_params(names=list(task.names), encoder=encoder, **changes)
+        encoder = made.fit(task.images, task.y).merge()
+        rows.append([_accuracy(plain, encoder, other, method.templates) for other in tasks])
+    return ContinualReport([task.title for task in tasks], start, np.array(rows), encoder)
+
+
+def _accuracy(reader: Tuner, encoder: Encoder, task: Task, templates: Any) -> float:
+    """Accuracy in percent by class words."""
+    reader.encoder_, reader.templates = encoder, templates
+    logits = reader.to_new(task.names).logits(task.held)
+    labels = np.asarray(task.held_y)
+    known = np.asarray(task.names) if labels.dtype.kind == "U" else np.arange(len(task.names))
+    return 100 * float(np.mean(logits.argmax(1) == class_numbers("held_y", labels, known)))
