@@ -141,18 +141,19 @@ def probes(parts: dict[str, Part], words: np.ndarray, repeats: int) -> dict[str,
     from sklearn.linear_model import LogisticRegressionCV
 
     train, test = parts["train"], parts["test"]
+    folds = min(5, int(np.bincount(train[1]).min()))
     heads = {
-        "LogisticRegressionCV": lambda: LogisticRegressionCV(Cs=GRID, cv=5, max_iter=1000),
-        "linear_probe": LinearProbe,
+        "LogisticRegressionCV": lambda: LogisticRegressionCV(Cs=GRID, cv=folds, max_iter=1000),
+        "linear_probe": lambda: LinearProbe(folds=folds),
         "ridge": Ridge,
-        "cross_modal": lambda: CrossModalProbe(text=words),
-        "linear_probe with words": lambda: LinearProbe(text=words),
+        "cross_modal": lambda: CrossModalProbe(text=words, folds=folds),
+        "linear_probe with words": lambda: LinearProbe(text=words, folds=folds),
         "ridge with words": lambda: Ridge(text=words),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results, seconds = turns({name: lambda make=make: make().fit(*train) for name, make in heads.items()}, repeats)
-    rows: dict[str, Any] = {"shots": len(train[1]), "test_images": len(test[1])}
+    rows: dict[str, Any] = {"shots": len(train[1]), "folds": folds, "test_images": len(test[1])}
     for name, head in results.items():
         accuracy = round(100 * float(np.mean(head.predict(test[0]) == test[1])), 2)
         rows[name] = {**times(seconds[name], seconds["LogisticRegressionCV"]), "accuracy": accuracy}

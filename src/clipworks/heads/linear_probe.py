@@ -11,7 +11,7 @@ Differs from the paper: C is chosen by cross-validation on the shots instead of 
 brings back), over the paper's seven values and two halvings around the best (paper: eight). L-BFGS runs in the
 coordinates of the shots' principal axes, each divided by the square root of its expected curvature; the minimum is the
 same. Fits for the choice are in float32, stop early and start from the last value of C; the search goes from strong
-penalties to weak and ends when two in a row are worse than the best. The last fit is in float64, to `tol`.
+penalties to weak and ends when two that fit the shots are worse than the best. The last fit is in float64, to `tol`.
 Two classes have two rows of weights, so the minimum is that of the two-class form of scikit-learn at twice the C.
 """
 
@@ -117,7 +117,10 @@ def search(
 
     worse = 0
     for c in GRID if only is None else (only,):
-        worse = worse + 1 if offer(c) < choice.accuracy else 0
+        behind = offer(c) < choice.accuracy
+        # strong penalties all give the direction of the class means, whose accuracy only wavers until the fit begins
+        fitted = all(part.value < np.log(part.classes) / 2 for part, _ in splits)
+        worse = worse + 1 if behind and fitted else 0
         if worse == 2:
             break
     for k in range(halvings if only is None else 0):
@@ -149,6 +152,7 @@ class Regression:
         self.z = centred @ self.axes
         self.narrow = self.z.astype(np.float32)
         self.at = np.zeros((self.z.shape[1] + 1, classes))  # the last solution; its last row is the intercept
+        self.value = np.inf  # of its loss and penalty
 
     def part(self, rows: np.ndarray) -> Regression:
         """The problem of some of the rows, in the same coordinates (which change the way to the minimum only)."""
@@ -195,5 +199,5 @@ class Regression:
 
         options = {"maxiter": max_iter, "gtol": gtol, "ftol": ftol, "maxfun": 2 * max_iter}
         found = minimize(loss, (self.at / scale).ravel(), jac=True, method="L-BFGS-B", options=options)
-        self.at = scale * found.x.reshape(self.at.shape)
+        self.at, self.value = scale * found.x.reshape(self.at.shape), float(found.fun)
         return int(found.nit)

@@ -212,7 +212,8 @@ class Asked:
 
     def votes(self, beta: float) -> np.ndarray:
         """Return (C, m): the sum of exp(-beta distance) over the keys of each class."""
-        return self.sums(np.exp(-beta * self.distance))
+        values = -beta * self.distance
+        return self.sums(np.exp(values, out=values))
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Return (C, m): values (n, m; written to) summed by class, as if an image's own key were like the others of
