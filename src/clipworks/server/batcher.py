@@ -1,8 +1,9 @@
 """`Batcher`: one thread that answers the requests of many clients together, behind a queue of limited length.
 
 A model answers eight requests in one pass far sooner than in eight, and one scan of a collection serves many queries.
-The thread takes what waits, up to `max_batch`. It waits for latecomers only after a batch of several: clients that were
-answered together come back together, within a few milliseconds. A client that is alone never waits.
+The thread takes what waits, up to `max_batch`. A client that was just answered comes back within milliseconds, so a
+batch may wait for as many requests as there were clients a moment ago: those answered last and those that waited
+meanwhile. A client that is alone never waits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Batcher:
     work : from a list of requests to a list of answers, as long; an answer that is an exception is raised where the
         request was made, and so is what `work` itself raises, for all of the batch
     max_batch : most requests at once
-    max_wait : seconds that a batch may wait for as many requests as the last one had
+    max_wait : seconds that a batch may wait for the clients of a moment ago
     max_queue : most requests that wait
     idle : called about once a second while there is nothing to do
     observe : called with the size of each batch and the seconds it took
@@ -73,7 +74,7 @@ class Batcher:
         self._jobs: queue.Queue[Any] = queue.Queue()
         self._lock = threading.Lock()
         self._waiting = 0
-        self._last = 1  # size of the last batch
+        self._expected = 1  # clients there were when the last batch was done
         self._seconds = 0.05  # of a batch, a running mean, for Retry-After
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="clipworks-batcher", daemon=True)
@@ -136,15 +137,14 @@ class Batcher:
         batch, until = [first], time.monotonic() + self.max_wait
         while len(batch) < self.max_batch:
             try:
-                # once as many are here as came last time, whoever else has arrived joins, but nobody is waited for
-                left = until - time.monotonic() if len(batch) < self._last else 0.0
+                # once as many are here as expected, whoever else has arrived joins, but nobody is waited for
+                left = until - time.monotonic() if len(batch) < self._expected else 0.0
                 job = self._jobs.get(timeout=left) if left > 0 else self._jobs.get_nowait()
             except queue.Empty:
                 break
             if job is STOP:
                 return batch, True
             batch.append(job)
-        self._last = len(batch)
         return batch, False
 
     def _answer(self, batch: list[Job]) -> None:
@@ -158,6 +158,7 @@ class Batcher:
         except BaseException as error:  # the thread outlives whatever a request brings
             answers = [error] * len(batch)
         seconds = time.monotonic() - start
+        self._expected = len(batch) + self._waiting
         self._seconds += 0.1 * (seconds - self._seconds)
         for job, answer in zip(batch, answers, strict=True):
             with contextlib.suppress(InvalidStateError, CancelledError):

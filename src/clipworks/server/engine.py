@@ -8,6 +8,7 @@ are tried one by one; one that fails alone is refused, and the next one finds th
 from __future__ import annotations
 
 import gc
+import logging
 import re
 import time
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from ..errors import BadImage, ClipworksError
 from ..store.exact import top_k
 from .shelf import Shelf, View
 
+log = logging.getLogger("clipworks.server")
 KEPT = 2048  # vectors of recent texts that are kept
 MEMORY = re.compile(r"not enough memory|allocate memory|bad_alloc|out of memory|more memory than there is", re.I)
 
@@ -30,6 +32,14 @@ class OutOfMemory(Exception):
 
     def __init__(self) -> None:
         super().__init__("there is not enough memory for this request now; try a smaller one, or later.")
+
+
+class NoEncoder(Exception):
+    """The collection's encoder cannot be had here."""
+
+    def __init__(self) -> None:
+        super().__init__("the encoder that made this collection cannot be loaded here, so only what needs no words "
+                         "and no new images works; the server's log says why.")  # fmt: skip
 
 
 @dataclass
@@ -107,6 +117,11 @@ class Engine:
             self.state = "loading"
             try:
                 self._model = self._load()
+            except (ClipworksError, OSError) as error:
+                if lacks_memory(error):
+                    raise
+                log.error("%s", error)
+                raise NoEncoder from error
             finally:
                 self.state = "unloaded" if self._model is None else "loaded"
             self.preprocess = self._model.preprocess
@@ -147,6 +162,7 @@ class Engine:
         for i, request in enumerate(requests):
             if isinstance(request, Call):
                 (answers[i],) = self._safely(lambda calls: [calls[0].function(self.model())], [request])
+        self._used = time.monotonic()
         return answers
 
     def _safely(self, run: Callable[[list[Any]], list[Any]], batch: list[Any]) -> list[Any]:

@@ -113,7 +113,7 @@ class Guard:
         if scope["method"] not in ("GET", "HEAD", "POST"):
             raise Refused(405, "only GET, HEAD and POST are answered.", {"allow": "GET, HEAD, POST"})
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != headers["host"].lower():
+        if origin is not None and origin.partition("://")[2].lower() != headers["host"].lower():
             raise Refused(403, "requests from pages of other sites are not answered.")
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and scope["path"] not in ("/", "/docs"):
             raise Refused(403, "requests from pages of other sites are not answered.")
@@ -123,8 +123,8 @@ class Guard:
             raise Refused(401, "this needs the server's token.", {"www-authenticate": "Bearer"})
 
     def _known(self, host: str) -> bool:
-        name = urlsplit("//" + host)
         try:
+            name = urlsplit("//" + host)
             given = (name.hostname or "").lower().rstrip(".")
             name.port  # noqa: B018  (raises for what is no port)
         except ValueError:

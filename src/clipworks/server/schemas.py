@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ..errors import ClipworksError
+
 TEXT = 2048  # bytes of one text
 K = 1000  # hits of one request
 DEEPEST = 10_000  # hits of one query over all its pages
@@ -39,11 +41,11 @@ def _image(value: str) -> str:
 
 
 def image_bytes(value: str) -> bytes:
-    """The bytes of an image; `ValueError` where it is not base64."""
+    """The bytes of an image in base64."""
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("an image must be given in base64.") from None
+        raise ClipworksError("an image must be given in base64.") from None
 
 
 Text = Annotated[str, Field(max_length=TEXT), AfterValidator(_text)]

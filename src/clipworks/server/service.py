@@ -15,7 +15,7 @@ import numpy as np
 from ..data.decode import Limits, decode_pixels
 from ..errors import BadImage, ClipworksError
 from .batcher import Batcher, Busy, Closed
-from .engine import Ask, Call, Engine, Found, OutOfMemory, lacks_memory
+from .engine import Ask, Call, Engine, Found, NoEncoder, OutOfMemory, lacks_memory
 from .guard import Refused
 from .metrics import Metrics
 from .pictures import Gallery, picture
@@ -110,7 +110,7 @@ class Service:
         if self._first is not None and not self._first.done():
             return False, "the encoder is being loaded"
         if self._first is not None and (error := self._first.exception()) is not None:
-            return False, f"the encoder could not be loaded ({type(error).__name__})"
+            return False, str(error) if isinstance(error, NoEncoder) else "the encoder could not be loaded"
         return True, self.engine.state
 
     # -- work ----------------------------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ class Service:
         except asyncio.TimeoutError:
             self.metrics.count("timeouts")
             raise Refused(503, f"this took longer than {self.settings.timeout:g} s.", {"retry-after": "5"}) from None
-        except OutOfMemory as error:
-            raise Refused(503, str(error), {"retry-after": "2"}) from None
+        except (OutOfMemory, NoEncoder) as error:
+            raise Refused(503, str(error), {"retry-after": "2" if isinstance(error, OutOfMemory) else "60"}) from None
         except Exception as error:
             if lacks_memory(error):
                 raise Refused(503, str(OutOfMemory()), {"retry-after": "2"}) from None

@@ -197,7 +197,7 @@ function thumbnail(id, side = 256) {
 }
 
 function tile(item) {
-  const caption = el("figcaption", {}, el("span", { textContent: item.name, title: item.name }),
+  const caption = el("figcaption", {}, el("span", { textContent: item.name.split("/").pop(), title: item.name }),
     el("span", { className: "quiet", textContent: item.score == null ? "" : item.score.toFixed(3) }));
   const open = el("button", { type: "button", className: "open", "aria-label": item.name, onclick: () => detail(item.id) },
     thumbnail(item.id), caption);
