@@ -42,6 +42,7 @@ from clipworks.analysis.bench.report import write_report
 from clipworks.analysis.bench.run import Done, bench
 from clipworks.analysis.bench.summary import Run, failures, grouped, read_runs
 from clipworks.data.labelled import LabelledSet, read_labelled
+from clipworks.errors import check_choice
 from common import record
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -50,14 +51,15 @@ MOST, SHOTS = 1000, (1, 2, 4, 8, 16)
 SLOW = ("-auto",)  # chooses among all others by cross-validation; measured apart, in its own script
 
 
-def sets(data: Path, packages: Path | None) -> dict[str, LabelledSet]:
-    """The sets that are there; names that are not known layouts stand for folders per class."""
+def sets(data: Path, packages: Path | None, only: list[str]) -> dict[str, LabelledSet]:
+    """The sets that are there, or those among them that are named."""
     places = {"caltech101": data / "caltech101-128", "pacs": data / "pacs-128", "oxford_pets": data / "pets-600",
               "defects": data / "magnetic-tile", "emoji_styles": data / "emoji-styles-64"}  # fmt: skip
     if packages:
         places |= {"cifar10": packages / "cifar10", "fashion_mnist": packages / "fashion", "elpv": packages / "elpv",
                    "textiles": packages / "textiles", "traffic_lights": packages / "lights"}  # fmt: skip
-    found = {name: read_labelled(name, place) for name, place in places.items() if place.exists()}
+    wanted = [check_choice("sets", name, places) for name in only] or list(places)
+    found = {name: read_labelled(name, places[name]) for name in wanted if places[name].exists()}
     if "emoji_styles" in found:
         found["emoji_styles"] = things(found["emoji_styles"], places["emoji_styles"])
     if "cifar10" in found and (data / "cifar-human-labels").exists():
@@ -84,7 +86,7 @@ def plan(found: dict[str, LabelledSet]) -> list[tuple[str, list[str], tuple[int,
 
 def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> list[Run]:
     """All parts, one after another; finished runs are skipped."""
-    found = sets(options.data, options.packages)
+    found = sets(options.data, options.packages, options.sets)
     models = ["clipworks-small" if options.model is None else str(options.model)]
     models += [str(options.second)] if options.second else []
     methods = [*options.methods, *SLOW] if options.methods == ["all"] else options.methods
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--second", type=Path, help="the second encoder, made by second_encoder.py")
     parser.add_argument("--descriptions", help="WordNet's data.noun or a JSON file, for methods that describe classes")
     parser.add_argument("--methods", nargs="+", default=["all"])
+    parser.add_argument("--sets", nargs="+", default=[], help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="one seed, two shots, 20 test images, nothing recorded")

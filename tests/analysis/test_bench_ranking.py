@@ -1,5 +1,7 @@
 """Ranks, critical difference and intervals against scipy and plain computations."""
 
+import time
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -103,5 +105,7 @@ def test_cost_sees_time_and_memory():
     kept = cost.step("fit", lambda: np.ones(40 * 2**17))  # 40 MB
     assert len(kept)
     assert 0 < cost.seconds["fit"] < 10
+    cost.step("sleep", lambda: time.sleep(0.2))
+    assert cost.seconds["sleep"] < 0.1, "waiting costs nothing"
     peak = cost.peak_mb()
     assert peak is None or 30 < peak < 80

@@ -220,6 +220,19 @@ def test_a_method_that_fails_says_why_and_the_others_go_on(options, capsys):
     assert {run.method for run in read_runs(options["out"] / "runs")} == {"nearest_mean", "knn(k=7)"}
 
 
+@pytest.mark.parametrize("known", [{"red": ["a warm colour", "like blood"], "blue": ["like the sky"]}, {"ox": ["big"]}])
+def test_descriptions_reach_the_methods_that_take_them(options, tmp_path, known):
+    (tmp_path / "told.json").write_text(json.dumps(known))
+    methods_ = ["classify_by_description", "fudd", "description_selection"]
+    options |= {"methods": methods_, "shots": [2], "seeds": [1], "descriptions": str(tmp_path / "told.json")}
+    done = bench(**options)
+    assert (done.ran, done.failed) == ((3, 0) if "red" in known else (3, 3))
+    for name in methods_ if "ox" in known else ():
+        assert "describe at least one of the classes. Got none of 'blue'" in record(options["out"], name)["error"]
+    (tmp_path / "told.json").write_text(json.dumps({**known, "green": ["like grass"]}))
+    assert bench(**options).ran == 3, "other descriptions are other runs"
+
+
 def test_an_image_that_cannot_be_read_stops_it_by_name(options, tmp_path, room):
     import shutil
 

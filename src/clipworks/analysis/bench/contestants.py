@@ -275,6 +275,9 @@ def _described(material: Material, known: Any) -> dict[str, Any]:
     from ...zeroshot.sentences import encode
 
     table = {name: material.descriptions[name] for name in material.names if name in material.descriptions}
+    if not table:
+        shown = ", ".join(repr(name) for name in material.names[:5])
+        raise ClipworksError(f"descriptions must describe at least one of the classes. Got none of {shown}.")
     said = [table.get(name, []) for name in material.names]
     given: dict[str, Any] = {"descriptions": table}
     if "pairs" in known:

@@ -43,9 +43,10 @@ def calibration_error(y: np.ndarray, probabilities: np.ndarray, bins: int = BINS
 
 
 class Cost:
-    """Seconds of steps, and how far the memory of this process rose over its level at the start.
+    """Processor seconds of steps, and how far the memory of this process rose over its level at the start.
 
-    The peak is the kernel's own (Linux); elsewhere it is None. Memory that was free within the process is not counted.
+    On one thread processor time is what a step takes on an idle core, however busy the machine is. The peak is the
+    kernel's own (Linux); elsewhere it is None. Memory that was free within the process is not counted.
     """
 
     def __init__(self) -> None:
@@ -54,9 +55,9 @@ class Cost:
 
     def step(self, name: str, work: Callable[[], Any]) -> Any:
         """Do something and remember how long it took."""
-        began = time.perf_counter()
+        began = time.process_time()
         done = work()
-        self.seconds[name] = time.perf_counter() - began
+        self.seconds[name] = time.process_time() - began
         return done
 
     def peak_mb(self) -> float | None:

@@ -178,9 +178,9 @@ def _origin(runs: Sequence[Run]) -> Section:
     lines = [f"Encoders: {', '.join(encoders)}.", f"Code: {', '.join(commits) or 'an installed package'}.",
              f"Versions: {', '.join(versions)}.", f"Dates: {dates[0]} to {dates[-1]}.",
              "Every run is a JSON file with its configuration, seed, split hash, data hash, versions and costs. A cost "
-             "is the median over runs at the most shots, on one thread; methods from words encode their sentences as "
-             "they answer; MB is the rise of the peak memory during the run; ECE is the calibration error in percent "
-             "over 15 bins."]  # fmt: skip
+             "is the median over runs at the most shots, in processor time of one thread; methods from words encode "
+             "their sentences as they answer; MB is the rise of the peak memory during the run; ECE is the calibration "
+             "error in percent over 15 bins."]  # fmt: skip
     return Section("Origin", 2, [sizes, *lines])
 
 

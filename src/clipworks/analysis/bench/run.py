@@ -90,7 +90,7 @@ def bench(
     descriptions : JSON file from class names to descriptions, or WordNet's data.noun, for methods that need them
     noisy_labels : NAME=FILE.npz, other annotators' labels of a set's training images, for the protocol noisy
     ratio : imbalanced: images of the largest class over those of the smallest
-    jobs : processes; each computes with one thread, so that costs can be compared
+    jobs : processes; each computes with one thread
     batch_size : images per pass of the encoder
     progress : None shows a bar on a terminal
 

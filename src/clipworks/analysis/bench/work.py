@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -78,11 +79,14 @@ def run_one(job: Job) -> bool:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1):
+        with threadpool_limits(1), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             results = _measured(job)
     finally:
         torch.set_num_threads(threads)
     facts = dict(job.facts)
+    told = sorted({f"{w.category.__name__}: {' '.join(str(w.message).split())}"[:300] for w in said})
+    results |= {"warnings": told[:5]} if told else {}
     record = {"key": job.key, "config": job.config, **facts.pop("state"), **facts, **results,
               "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}  # fmt: skip
     text = json.dumps(record, indent=1, default=float) + "\n"
