@@ -112,6 +112,8 @@ class Reject(BaseEstimator):
         vectors, labels = check_vectors(self, x, y, fit=True)
         codes = np.unique(labels, return_inverse=True)[1]
         fold = fold_numbers(codes, np.arange(len(codes)), self.folds)
+        self.classifier_ = clone(self.classifier).fit(vectors, labels)
+        self.classes_, self.shots_ = self.classifier_.classes_, unit(vectors)
         held: list[np.ndarray] = []
         for number in range(self.folds):
             out = fold == number
@@ -125,8 +127,6 @@ class Reject(BaseEstimator):
         half = len(table) // 2 if len(self.scores) > 1 else 0
         self.reference_ = np.sort(table[:half] if half else table, axis=0)
         self.threshold_ = _quantile(np.sort(self._combined(table[half:])), self.rate)
-        self.classifier_ = clone(self.classifier).fit(vectors, labels)
-        self.classes_, self.shots_ = self.classifier_.classes_, unit(vectors)
         return self
 
     def score_samples(self, x: Any) -> np.ndarray:
@@ -149,7 +149,9 @@ class Reject(BaseEstimator):
 
     def _table(self, classifier: Any, shots: np.ndarray, x: np.ndarray) -> np.ndarray:
         """The scores (n, scores) of unit-independent vectors, by a fitted classifier and the shots it knows."""
-        logits = logits_of(classifier, x) if set(self.scores) - {"nearest"} else None
+        # one temperature for all folds: each would choose its own, and energies could not be compared
+        heat = getattr(self.classifier_, "temperature_", 1.0)
+        logits = logits_of(classifier, x) / heat if set(self.scores) - {"nearest"} else None
         columns = [(unit(x) @ shots.T).max(1) if name == "nearest" else LOGIT_SCORES[name](logits)
                    for name in self.scores]  # fmt: skip
         return np.stack(columns, 1)
@@ -162,9 +164,9 @@ class Reject(BaseEstimator):
 
 
 def logits_of(classifier: Any, x: np.ndarray) -> np.ndarray:
-    """Logits (n, C) of a fitted classifier: calibrated ones of a head, else decision values, else log probabilities."""
+    """Logits (n, C) of a fitted classifier: those of a head, else decision values, else log probabilities."""
     if hasattr(classifier, "logits"):
-        return classifier.logits(x) / getattr(classifier, "temperature_", 1.0)
+        return classifier.logits(x)
     if hasattr(classifier, "decision_function"):
         found = np.asarray(classifier.decision_function(x))
         return np.stack([-found / 2, found / 2], 1) if found.ndim == 1 else found
