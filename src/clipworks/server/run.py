@@ -144,6 +144,7 @@ def _bound(host: str, port: int) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
+        made.listen(1024)  # from now on clients wait in line instead of being refused
     except OSError as error:
         made.close()
         raise ClipworksError(f"host and port must be free. {host}:{port} cannot be had: {error.strerror}.") from error

@@ -244,7 +244,7 @@ function detail(id) {
   $("detail-name").textContent = item.name;
   const facts = { score: item.score?.toFixed(4), ...item.columns, "your label": labels[id]?.label };
   $("detail-facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value != null)
-    .flatMap(([key, value]) => [el("dt", { textContent: key }), el("dd", { textContent: value })]));
+    .flatMap(([key, value]) => [el("dt", { textContent: key }), el("dd", { textContent: key === "mtime" ? new Date(1000 * value).toLocaleString() : value })]));
   $("do-select").textContent = selected.has(id) ? "Unselect" : "Select";
   if (!$("detail").open) $("detail").showModal();
 }
