@@ -188,7 +188,7 @@ class _Plan:
 
 
 def class_sentences(
-    encoder: Encoder, names: Sequence[str], slots: int = 0, position: str = "end", words: Sequence[int] = ()
+    encoder: Encoder, names: Sequence[str], slots: int = 0, position: str | int = "end", words: Sequence[int] = ()
 ) -> Sentences:
     """Lay out one sentence per class name: learned vectors, fixed words, the name and a full stop.
 
@@ -197,7 +197,7 @@ def class_sentences(
     encoder : its tokenizer and text tower decide the layout
     names : C class names; underscores become spaces
     slots : number of learned vectors
-    position : of the name among them, "end", "middle" or "front"
+    position : of the name among them, "end", "middle" or "front", or how many of them stand before it
     words : token ids of fixed words between the learned vectors and the name
 
     Raises
@@ -205,9 +205,9 @@ def class_sentences(
     ClipworksError
         If a sentence is longer than the context.
     """
-    check_choice("position", position, POSITIONS)
+    check_choice("position", position, (*POSITIONS, *range(slots + 1)))
     head, tail = _frame(encoder)
-    before = {"end": slots, "middle": slots // 2, "front": 0}[position]
+    before = {"end": slots, "middle": slots // 2, "front": 0}[position] if isinstance(position, str) else position
     sentences = []
     for name in names:
         name = name.replace("_", " ")
@@ -225,7 +225,7 @@ def class_sentences(
     width = encoder.context_length if encoder.config.text.pool == "last" else int(lengths.max())
     padding = (encoder.config.text.pad_id, -1)
     table = torch.tensor([row + [padding] * (width - len(row)) for row in sentences], device=encoder.device)
-    shared = len(head) + slots + len(words) if position == "end" else 0
+    shared = len(head) + slots + len(words) if position in ("end", slots) else 0
     return Sentences(encoder, table[..., 0], table[..., 1], lengths.to(encoder.device), shared)
 
 
