@@ -84,7 +84,8 @@ CAPTIONS = {"temple": "a temple by the water", "flower": "a flower in the evenin
 def sample_files(folder: Path) -> None:
     """In `photos` two real photos that come with scikit-learn, a smaller copy of one, and a damaged file.
 
-    For training, the two with captions in `pairs`, in folders of their class in `classes`, and a tiny configuration.
+    For training, the two with captions in `pairs`, in folders of their class in `classes`, four parts of each in
+    `parts`, and a tiny configuration.
     """
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -103,12 +104,24 @@ def sample_files(folder: Path) -> None:
         for place in (pairs, classes / name):
             shutil.copy(folder / f"{name}.jpg", place)
         (pairs / f"{name}.txt").write_text(caption)
+        quarters(folder / f"{name}.jpg", folder.parent / "parts" / name)
     vision = VisionConfig(image_size=32, patch_size=8, width=24, layers=1, heads=3, mlp_width=48)
     text = TextConfig(width=24, layers=1, heads=3, mlp_width=48)
     tiny = EncoderConfig("tiny", 16, vision, text, PreprocessConfig(size=32))
     (folder.parent / "tiny.json").write_text(json.dumps(tiny.to_dict()))
     whole = (folder / "temple.jpg").read_bytes()
     (folder / "damaged.jpg").write_bytes(whole[: len(whole) // 3])
+
+
+def quarters(path: Path, folder: Path) -> None:
+    """Cut a photo into four overlapping parts."""
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    with Image.open(path) as image:
+        width, height = (3 * side // 4 for side in image.size)
+        for i, (x, y) in enumerate((x, y) for y in (0, image.height - height) for x in (0, image.width - width)):
+            image.crop((x, y, x + width, y + height)).save(folder / f"{i}.jpg", quality=92)
 
 
 @contextlib.contextmanager
