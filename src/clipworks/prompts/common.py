@@ -9,9 +9,9 @@ of a batch of images, rows the numbers of the classes wanted:
     loss(p, x, y, images, texts) -> cross entropy unless there is more to it
 
 (`parts` has beginnings of both) and, where needed, `ready` (constants made once per encoder and names, such as
-`class_sentences`), `look` (what is kept of pixels) and `draw` (which view a step sees). `keeps` says what an image is
-to the method: "features", its vector, for a tower that does not change (it then runs once per view, and fit takes
-vectors too); "stem", what comes before the first block; "own", what `look` returns.
+`class_sentences`), `look` (what is kept of pixels), `draw` (which view a step sees) and `optimizer`. `keeps` says what
+an image is to the method: "features", its vector, for a tower that does not change (it then runs once per view, and fit
+takes vectors too); "stem", what comes before the first block; "own", what `look` returns.
 
 Memory does not grow with the number of classes: text is encoded a few classes at a time, once without graph and once
 more with it, by the same `cached_backward` that the training loop uses for large batches. That loop itself is for
@@ -259,11 +259,11 @@ class PromptMethod(ClassifierMixin, BaseEstimator):
         self._made = False
         return self._numbers(y)
 
-    def _numbers(self, y: Any) -> np.ndarray:
+    def _numbers(self, y: Any, argument: str = "y") -> np.ndarray:
         """Class numbers of labels that are numbers or names."""
-        labels = _labels(y)
+        labels = _labels(y, argument)
         known = np.arange(len(self.names_)) if labels.dtype.kind in "iu" else np.array(self.names_)
-        return class_numbers("y", labels, known).astype(np.int64)
+        return class_numbers(argument, labels, known).astype(np.int64)
 
     def _kept(self, images: Any, views: int) -> Kept:
         with frozen(self.model):
@@ -299,7 +299,7 @@ class PromptMethod(ClassifierMixin, BaseEstimator):
         rng, losses = np.random.default_rng(self.seed), []
         for value in p.values():
             value.requires_grad_()
-        optimizer = torch.optim.SGD(p.values(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        optimizer = self.optimizer(p)
         with frozen(self.model), torch.enable_grad():
             for epoch in Progress(range(self.epochs), self.epochs, "learning prompts", enabled=progress):
                 for group in optimizer.param_groups:
@@ -312,6 +312,10 @@ class PromptMethod(ClassifierMixin, BaseEstimator):
                 if not np.isfinite(losses[-1]):
                     raise ClipworksError(f"the loss is {losses[-1]} in epoch {epoch + 1}. Lower lr ({self.lr}).")
         return losses
+
+    def optimizer(self, p: Learned) -> torch.optim.Optimizer:
+        """What steps; its rate is set by `rate`."""
+        return torch.optim.SGD(p.values(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def rate(self, epoch: int) -> float:
         """Learning rate of an epoch: a small one for the first (of several), then the cosine over all epochs."""
@@ -334,10 +338,11 @@ def batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _labels(y: Any) -> np.ndarray:
+def _labels(y: Any, argument: str = "y") -> np.ndarray:
     labels = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
     if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iuUO":
         raise ClipworksError(
-            f"y must be a list of class numbers or names, one per image. Got {labels.dtype} of shape {labels.shape}."
+            f"{argument} must be a list of class numbers or names, one per image. "
+            f"Got {labels.dtype} of shape {labels.shape}."
         )
     return labels.astype(str) if labels.dtype.kind == "O" else labels

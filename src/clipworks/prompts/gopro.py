@@ -32,7 +32,7 @@ from ..registry import method
 from ..training.augment import Augment
 from .common import Learned, PromptMethod
 from .kept import Kept
-from .parts import context_start, linear_start, need_tokens
+from .parts import context_start, layer_statistics, linear_start, need_tokens
 from .words import class_sentences
 
 if TYPE_CHECKING:
@@ -136,10 +136,7 @@ class GOPro(PromptMethod):
     def look(self, encoder: Encoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The image's vector, and mean and deviation over the tokens after every block, (B, blocks, channels)."""
         need_tokens("GOPro", encoder)
-        found = encoder.visual.run(pixels.to(encoder.dtype), output_layers=range(encoder.config.vision.depth))
-        tokens = torch.stack(list(found.layers.values()), 1).float()
-        image = F.normalize(found.pooled.float(), dim=-1)
-        return {"image": image, "mean": tokens.mean(2), "deviation": tokens.std(2, correction=0)}
+        return layer_statistics(encoder, pixels)
 
     def draw(self, kept: Kept, rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """Three views of each image, one after the other: 3B rows; the same one where there are no others."""

@@ -52,6 +52,14 @@ def prompted_images(encoder: Encoder, stem: torch.Tensor, prompts: Mapping[int, 
     return F.normalize(found if found.dtype == torch.float64 else found.float(), dim=-1)
 
 
+def layer_statistics(encoder: Encoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Unit vectors "image" (B, dim), "mean" and "deviation" (B, blocks, width) over the tokens after every block."""
+    found = encoder.visual.run(pixels.to(encoder.dtype), output_layers=range(encoder.config.vision.depth))
+    tokens = torch.stack(list(found.layers.values()), 1).float()
+    image = F.normalize(found.pooled.float(), dim=-1)
+    return {"image": image, "mean": tokens.mean(2), "deviation": tokens.std(2, correction=0)}
+
+
 def need_tokens(method: str, encoder: Encoder) -> None:
     """Raise where the image tower has no tokens to prompt."""
     if encoder.config.vision.kind != "vit":
