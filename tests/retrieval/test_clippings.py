@@ -77,9 +77,9 @@ def test_adjusted_rand_index_of_the_same_and_of_chance():
 def test_both_together_link_better_than_either_alone():
     image, text, labels = entities()
     other = entities(seed=1)
-    alone_image = tune_links(other[0], other[1], other[2], weights=[1.0])
-    alone_text = tune_links(other[0], other[1], other[2], weights=[0.0])
-    both = tune_links(*other)
+    tried = np.linspace(0.05, 0.9, 35)
+    alone_image, alone_text = (tune_links(*other, weights=[w], thresholds=tried) for w in (1.0, 0.0))
+    both = tune_links(*other, weights=(0.0, 0.3, 0.5, 0.7, 1.0), thresholds=tried)
     assert 0 < both.weight < 1
     assert both.ari == max(ari for _, ari in both.grid.values())
 

@@ -65,11 +65,9 @@ def group_scores(truth: Sequence, found: Sequence) -> dict[str, float]:
     """
     from sklearn import metrics
 
-    truth, found = np.asarray(truth), np.asarray(found)
-    if truth.shape != found.shape or truth.ndim != 1 or not len(truth):
-        raise ClipworksError(
-            f"truth and found must hold one group per record. Got shapes {truth.shape}, {found.shape}."
-        )
+    if np.shape(truth) != np.shape(found) or np.ndim(truth) != 1 or not len(truth):
+        raise ClipworksError(f"truth and found must hold one group per record. Got shapes {np.shape(truth)} and "
+                             f"{np.shape(found)}.")  # fmt: skip
     (_, wrong), (missed, right) = metrics.cluster.pair_confusion_matrix(truth, found) / 2
     precision, recall = (right / n if n else 1.0 for n in (right + wrong, right + missed))
     return {
