@@ -273,8 +273,15 @@ async function dropped(file) {
   } catch (error) { status.textContent = error.message; }
 }
 
-async function shrunk(file) { // large photos are made smaller here: the server takes 10 MiB
+async function shrunk(file) { // large photos, and kinds that the server does not read, are drawn anew: it takes 10 MiB
   const bitmap = await createImageBitmap(file).catch(() => { throw new Error("this file is no image that the browser can read."); });
+  if (file.size < 4e6 && /^image\/(jpeg|png|webp|gif|bmp)$/.test(file.type) && bitmap.width * bitmap.height <= page.about.limits.pixels) {
+    const address = await new Promise((done, fail) => {
+      const reader = Object.assign(new FileReader(), { onload: () => done(reader.result), onerror: () => fail(new Error("this file cannot be read.")) });
+      reader.readAsDataURL(file);
+    });
+    return { address, data: address.split(",")[1], name: file.name };
+  }
   const factor = Math.min(1, 1280 / Math.max(bitmap.width, bitmap.height));
   const canvas = el("canvas", { width: Math.max(1, Math.round(bitmap.width * factor)), height: Math.max(1, Math.round(bitmap.height * factor)) });
   const pen = canvas.getContext("2d");
