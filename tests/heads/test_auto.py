@@ -124,6 +124,16 @@ def test_zero_shot_is_the_floor(compare):
     assert compare(heads).chosen_ == "weird"
 
 
+def test_zero_shot_gives_way_to_any_head_that_is_ahead_and_to_none_that_is_level(compare):
+    heads = {"zero_shot": told("zero", range(34), 0), "ahead": told("ahead", range(3, 38), 3)}
+    found = compare(heads)
+    line = {t.method: t for t in found.leaderboard_}
+    assert 0 < line["zero_shot"].behind < line["zero_shot"].behind_error
+    assert found.chosen_ == "ahead"
+    heads["ahead"] = told("level", range(3, 37), 3)
+    assert compare(heads).chosen_ == "zero_shot"
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_it_is_never_below_zero_shot_on_the_folds(seed):
     x, y, words = shots(per_class=4, noise=2.0, word_noise=0.3 + 0.5 * seed, seed=seed)

@@ -1,4 +1,4 @@
-"""Auto: the head that does best on shots held out, unless a simpler one, words alone first of all, does as well.
+"""Auto: the head that does best on shots held out, or a simpler one that does as well; words alone if none beats them.
 
 Claim: which few-shot method is best depends on the data and on how many shots there are, and with one or two shots
 words alone are often better (linear probe with one shot 46 %, zero-shot 65 %, mean of 11 sets); cross-validation on the
@@ -6,7 +6,8 @@ shots tells, without a look at the test images.
 
 Formula: acc_m = share of held-out shots that method m gets right, fitted on the other folds;  best = argmax acc;
 behind_m = mean_i (right_i(best) - right_i(m)) with standard error s_m over the held-out shots i;  chosen: of all m with
-behind_m <= s_m and acc_m >= acc of zero-shot, the one of least effort, among these the most accurate.
+behind_m <= s_m and acc_m >= acc of zero-shot, the one of least effort, among these the most accurate; zero-shot itself
+only if nothing is more accurate: it is measured as it will be, a head with a fold's shots less than it will have.
 
 Papers: Stone 1974, Cross-Validatory Choice and Assessment of Statistical Predictions; the rule of one standard error:
 Breiman et al. 1984, Classification and Regression Trees.
@@ -263,7 +264,9 @@ class Auto(Head):
             lead = best.right.astype(float) - t.right  # type: ignore[union-attr, operator]
             t.behind, t.behind_error = float(lead.mean()), deviation(lead)
         floor = next((t.accuracy for t in measured if t.method == ZERO_SHOT), 0.0)
-        able = [t for t in measured if t.behind <= t.behind_error + 1e-12 and t.accuracy >= floor]  # type: ignore[operator]
+        near = [t for t in measured if t.behind <= t.behind_error + 1e-12]  # type: ignore[operator]
+        near = [t for t in near if t.accuracy >= floor]  # type: ignore[operator]
+        able = [t for t in near if t is best or t.method != ZERO_SHOT]
         chosen = min(able, key=lambda t: (t.effort, -t.accuracy))  # type: ignore[operator]
         self.why_ = _reason(chosen, best, len(best.right))  # type: ignore[arg-type]
         self.leaderboard_ = sorted(tried, key=lambda t: (t.accuracy is None, -(t.accuracy or 0)))
