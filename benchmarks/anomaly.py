@@ -90,9 +90,11 @@ def measure(maps: list[AnomalyMap], labels: np.ndarray, masks: list[Image.Image 
     """Image metrics, pixel metrics where there are masks, and what the threshold set without labels does."""
     scores = np.array([m.score for m in maps])
     flagged = np.array([m.defective for m in maps])
-    found = {"image AUROC": auroc(scores, labels), "image AUPR": aupr(scores, labels),
-             "image F1-max": f1_max(scores, labels)[0], "false alarms": float(flagged[~labels].mean()),
-             "found": float(flagged[labels].mean())}  # fmt: skip
+    found = {"found": float(flagged[labels].mean())}
+    if not labels.all():
+        found |= {"image AUROC": auroc(scores, labels), "image AUPR": aupr(scores, labels),
+                  "image F1-max": f1_max(scores, labels)[0],
+                  "false alarms": float(flagged[~labels].mean())}  # fmt: skip
     if any(m is not None for m in masks):
         heats = [np.asarray(Image.fromarray(m.heat).resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for m in maps]
         truth = [
@@ -101,6 +103,12 @@ def measure(maps: list[AnomalyMap], labels: np.ndarray, masks: list[Image.Image 
         found |= {"pixel AUROC": pixel_auroc(heats, truth), "pixel F1-max": pixel_f1_max(heats, truth)[0],
                   "AUPRO": aupro(heats, truth)}  # fmt: skip
     return {key: round(value, 4) for key, value in found.items()}
+
+
+def paired(detector: Any, bad: list[Path], masks: list[Image.Image | None]) -> dict[str, float]:
+    """Pixel metrics where every board is compared with its own template alone."""
+    maps = [detector.fit([str(f).replace("_test", "_temp")]).score_map(str(f)) for f in bad]
+    return {k: v for k, v in measure(maps, np.ones(len(bad), bool), masks[-len(bad) :]).items() if k[:5] != "image"}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -130,6 +138,9 @@ def run(args: argparse.Namespace) -> None:
             results[title][label] = measure(maps, labels, masks)
             results[title][label]["seconds"] = round(time.perf_counter() - started, 1)
             print(title, label, results[title][label], flush=True)
+            if label.endswith("px") and title == "circuit boards":
+                results[title]["patch memory, the board's own template"] = paired(detector, bad, masks)
+                print(results[title]["patch memory, the board's own template"], flush=True)
             if label == f"patch memory, {2 * encoder.image_size} px":
                 chosen = [*range(int((~labels).sum()))[:3], *np.flatnonzero(labels)[:7]]
                 tiles = [Tile(maps[i].draw(), "defective" if labels[i] else "good", f"{maps[i].score:.2f}",
