@@ -359,6 +359,13 @@ def test_stopping_before_a_block_gives_its_input(shape):
     assert torch.equal(visual.blocks[0](first)[0], visual.run(x, output_layers=(0,)).layers[0])
 
 
+def test_a_tower_without_blocks_pools_what_the_stem_gave():
+    visual = tiny.encoder({**SHAPES["bare"], "layers": 0}, dim=16).visual
+    x = tiny.pixels()
+    tokens = visual.stem(x).flatten(2).transpose(1, 2) + visual.positions
+    torch.testing.assert_close(visual(x), visual.projection(tokens.mean(1)))
+
+
 def test_gradients_flow_where_asked_and_nowhere_else():
     visual = make("clip")[0].requires_grad_(False)
     given = {0: prompt(2, 24).requires_grad_(), 2: prompt(2, 24, seed=8)}

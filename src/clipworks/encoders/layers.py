@@ -352,7 +352,8 @@ def run_blocks(
     layers: dict[int, torch.Tensor] = {}
     maps: dict[int | str, torch.Tensor] = {}
     # a single row stays whole: products of one row take another kernel, and a vector would know its batch's size
-    lean = len(x) > 1 and isinstance(blocks[-1], Block) and depth - 1 not in {*rules, *dict(kept), *dict(mapped)}
+    asked = {*rules, *dict(kept), *dict(mapped)}
+    lean = len(x) > 1 and depth > 0 and isinstance(blocks[-1], Block) and depth - 1 not in asked
     if stop is not None:
         stop, lean = layer_index("stop", stop, depth), False
         late = [number for number in (*prompts, *rules, *dict(kept), *dict(mapped)) if number >= stop]
