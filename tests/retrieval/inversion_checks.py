@@ -3,12 +3,11 @@
 import numpy as np
 import torch
 
-from clipworks.encoders.tokenizers.bpe import CLIPTokenizer
 from clipworks.encoders.toy import toy_encoder
 
 
 def encoder(seed=0, **vision):
-    return toy_encoder(seed, tokenizer=CLIPTokenizer(), **vision)
+    return toy_encoder(seed, **vision)
 
 
 def rows(n, dim=8, seed=0):

@@ -128,7 +128,7 @@ def test_what_learns_and_what_is_frozen(reader):
 def test_a_few_steps_learn_where_text_is_and_which_word(reader):
     words = ["bank", "hotel", "the", "exit"]
     drawn = [draw_word(word, 64, seed) for word in words for seed in range(2)]
-    x = torch.stack([torch.from_numpy(np.asarray(d.image)).permute(2, 0, 1) / 127.5 - 1 for d in drawn])
+    x = torch.stack([torch.from_numpy(np.array(d.image)).permute(2, 0, 1) / 127.5 - 1 for d in drawn])
     masks = torch.stack([torch.from_numpy(d.mask(2, 2)).float() for d in drawn])
     model = SceneText(reader, image_size=64)
     optimizer = torch.optim.Adam(model.groups(lr=1e-2, slow=1e-3))

@@ -143,7 +143,14 @@ def tune_links(
             raise ClipworksError(f"labels must name the groups of {len(rows)} records, two at least. "
                                  f"Got {len(labels)}.")  # fmt: skip
         joined = tree(rows, linkage)
-        indices = [adjusted_rand_score(labels, cut(joined, eps)) for eps in tried]
+        known: dict[int, float] = {}  # cuts of a tree into as many groups are the same
+        indices = []
+        for eps in tried:
+            groups = cut(joined, eps)
+            count = int(groups.max())
+            if count not in known:
+                known[count] = float(adjusted_rand_score(labels, groups))
+            indices.append(known[count])
         top = np.flatnonzero(np.isclose(indices, max(indices)))
         best = int(top[len(top) // 2])  # in the middle of equal ones: the farthest from a worse threshold
         grid[float(weight)] = float(tried[best]), float(indices[best])

@@ -211,9 +211,9 @@ def match(
     plain, scores = [], []
     for (_, caption), plan, own in zip(pairs, plans, whole, strict=True):
         text = told_by[caption][None]
-        parts, told = seen[[i for _, i in plan]][None], np.stack([told_by[said] for said, _ in plan])[None]
+        parts, words_of = seen[[i for _, i in plan]][None], np.stack([told_by[said] for said, _ in plan])[None]
         plain.append(float(seen[own] @ text[0]))
-        scores.append(float(comclip(seen[own : own + 1], parts, told, text, strength=strength, rule=rule)[0]))
+        scores.append(float(comclip(seen[own : own + 1], parts, words_of, text, strength=strength, rule=rule)[0]))
     return Match(np.array(scores), np.array(plain), np.array(counts))
 
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from ..errors import ClipworksError
 from ..losses.infonce import infonce
-from ..prompts.parts import random_vectors
+from ..prompts.parts import frozen, random_vectors
 from ..prompts.words import class_sentences
 from ..registry import method
 from ..zeroshot.sentences import encode
@@ -107,20 +107,16 @@ class SceneText(nn.Module):
         pool, self.grid = encoder.visual.pool, (image_size // 32, image_size // 32)
         width = pool.v.in_features
         self.positions = nn.Parameter(resize_nearest(pool.positions.detach().float(), pool.grid, self.grid))
-        self.value, self.out = _copy(pool.v), _copy(pool.out)
-        self.binarise = nn.Linear(encoder.dim, 1)
-        self.probe = nn.MultiheadAttention(width, heads, kdim=encoder.dim, vdim=encoder.dim, batch_first=True)
-        self.norm, self.probes = nn.LayerNorm(width), probe
+        with torch.random.fork_rng(devices=[]):  # torch's own starts, from this seed and without moving its dice
+            torch.manual_seed(seed)
+            self.value, self.out = _copy(pool.v), _copy(pool.out)
+            self.binarise = nn.Linear(encoder.dim, 1)
+            self.probe = nn.MultiheadAttention(width, heads, kdim=encoder.dim, vdim=encoder.dim, batch_first=True)
+            self.norm, self.probes = nn.LayerNorm(width), probe
         text = encoder.config.text.width
         self.function = nn.Parameter(random_vectors(function_tokens, text, seed=seed))
         self.content = nn.Parameter(random_vectors(content_tokens, text, seed=seed + 1))
         self.register_buffer("asked", encoder.texts([PROBE]).clone())
-        draw = torch.Generator().manual_seed(seed)
-        for part in (self.binarise, self.probe, self.norm):
-            for parameter in part.parameters():
-                if parameter.ndim > 1:
-                    with torch.no_grad():
-                        parameter.copy_(parameter.shape[1] ** -0.5 * torch.randn(parameter.shape, generator=draw))
 
     def cells(self, pixels: torch.Tensor) -> torch.Tensor:
         """Cells (B, rows * columns, width) of the frozen trunk's last map."""
@@ -166,7 +162,9 @@ class SceneText(nn.Module):
             chosen = torch.nonzero(kinds == kind)[:, 0].tolist()
             if chosen:
                 sentences = class_sentences(self.encoder, [words[i] for i in chosen], len(context))
-                for i, row in zip(chosen, sentences.encode(context[None])[0], strict=True):
+                with frozen(self.encoder):
+                    told = sentences.encode(context[None])[0]
+                for i, row in zip(chosen, told, strict=True):
                     rows[i] = row
         return torch.stack(rows)
 

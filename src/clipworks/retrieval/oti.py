@@ -82,9 +82,8 @@ def textual_inversion(
 
     Examples
     --------
-    >>> from clipworks.encoders.tokenizers.bpe import CLIPTokenizer
     >>> from clipworks.encoders.toy import toy_encoder
-    >>> encoder, image = toy_encoder(tokenizer=CLIPTokenizer()), np.eye(2, 8)
+    >>> encoder, image = toy_encoder(), np.eye(2, 8)
     >>> textual_inversion(image, encoder, steps=3).vectors.shape
     (2, 8)
     """

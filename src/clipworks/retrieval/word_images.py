@@ -87,12 +87,12 @@ def draw_word(word: str, size: int = 640, seed: int = 0, tilt: float = 15.0) -> 
 
 
 def toy_reader(seed: int = 0) -> Any:
-    """A tiny ResNet encoder with random weights and CLIP's tokenizer, for examples and tests."""
+    """A tiny ResNet encoder with random weights, for examples and tests."""
     from ..encoders.encoder import Encoder
-    from ..encoders.tokenizers.bpe import CLIPTokenizer
+    from ..encoders.toy import ToyTokenizer
 
     vision = VisionConfig(kind="resnet", image_size=64, width=8, layers=(1, 1, 1, 1), heads=8, activation="relu",
                           pool="attention")  # fmt: skip
-    text = TextConfig(width=16, layers=1, heads=2, mlp_width=32)
+    text = TextConfig(vocab_size=64, eot_id=63, width=16, layers=1, heads=2, mlp_width=32)
     config = EncoderConfig("toy", 8, vision, text, PreprocessConfig(64))
-    return Encoder(config, CLIPTokenizer(), seed=seed).eval()
+    return Encoder(config, ToyTokenizer(), seed=seed).eval()
