@@ -11,9 +11,19 @@ Zero-Shot Learning by Convex Combination of Semantic Embeddings). That is all ze
 
 A head that learns from shots would see little through 1000 probabilities, so behind the 384 dimensions of the texts
 stand DETAIL more: the image's features in the directions that the classifier's weights tell apart best (its first right
-singular vectors, about the features' expected mean). Texts have zeros there, so zero-shot's choices do not change. How
-long the details are beside the words, WEIGHT, was chosen on validation images of Caltech-101 (CoOp's split) and on
-training images of CIFAR-10; `--choose` repeats that choice.
+singular vectors). Texts have zeros there, so zero-shot's choices do not change.
+
+Chosen on validation images of Caltech-101 (CoOp's split, 600 images, 8 shots) and on training images of CIFAR-10 (400
+images, 16 shots), never on a test (`--choose` makes such a table again):
+
+    weight    Caltech-101: nearest mean, GDA, ridge    CIFAR-10: nearest mean, GDA, ridge (all with words)
+    0         71.5  73.2  69.7                         70.8  72.5  73.0
+    0.03      79.3  81.5  82.2                         74.8  76.0  76.2
+    0.1       87.2  84.5  88.5                         79.0  79.5  79.8
+    0.3       89.2  88.0  89.3                         78.8  80.2  78.0
+
+The names' vectors are taken about their mean: zero-shot 61.3 instead of 51.0 on CIFAR-10, 55.0 instead of 56.2 on
+Caltech-101. The factor of the similarities, 100, lies between those that fit the two sets' labels best (77 and 120).
 """
 
 from __future__ import annotations
@@ -39,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "small"
 from towers import CONTEXT, MEAN, STD, read_bert
 
 WORDS, DETAIL, FEATURES = 384, 256, 1280
-WEIGHT, WEIGHTS = 0.1, (0.01, 0.03, 0.1, 0.3)
+WEIGHT, WEIGHTS = 0.3, (0.03, 0.1, 0.3)
 
 
 def shape(detail: int = DETAIL) -> EncoderConfig:
@@ -51,7 +61,7 @@ def shape(detail: int = DETAIL) -> EncoderConfig:
                       norm_final=False, tokenizer="tokenizer.json", eot_id=102, pad_id=0, mask_padding=True,
                       norm_eps=1e-12)  # fmt: skip
     preprocess = PreprocessConfig(mean=(MEAN,) * 3, std=(STD,) * 3)
-    return EncoderConfig("conse-lite0-minilm", WORDS + detail, vision, text, preprocess, math.log(50.0))
+    return EncoderConfig("conse-lite0-minilm", WORDS + detail, vision, text, preprocess, math.log(100.0))
 
 
 @torch.no_grad()
@@ -64,11 +74,11 @@ def build(parts: Path, detail: int = DETAIL, weight: float = WEIGHT) -> Encoder:
     visual = encoder.visual
     visual.positions.zero_()
     visual.stem.read(state)
-    mean, keys = expected_mean(state), state["_fc.weight"]
+    keys = state["_fc.weight"]
     visual.stem.projection.weight.copy_(torch.eye(FEATURES)[:, :, None, None])
-    visual.stem.projection.bias.copy_(-mean)  # so that the tower's features are about their mean
+    visual.stem.projection.bias.zero_()
     visual.memory.keys.weight.copy_(keys)
-    visual.memory.keys.bias.copy_(state["_fc.bias"] + keys @ mean)
+    visual.memory.keys.bias.copy_(state["_fc.bias"])
     names = json.loads((parts / "en_classnames.json").read_text(encoding="utf-8"))["imagenet1k"]
     known = sorted(set(names))  # a few stand for two classes
     values = class_vectors(known, encoder)[[known.index(name) for name in names]]
@@ -77,22 +87,6 @@ def build(parts: Path, detail: int = DETAIL, weight: float = WEIGHT) -> Encoder:
     visual.projection.weight.zero_()
     visual.projection.weight[WORDS:] = weight * directions
     return encoder
-
-
-def expected_mean(state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean of the features, (1280,), from the last batch norm alone: of relu6 of a normal variable whose mean and
-    deviation are that norm's shift and gain.
-
-    E min(max(z, 0), 6) = h(0) - h(6) with h(c) = E max(z - c, 0) = s phi(u) + (m - c) Phi(u), u = (m - c) / s.
-    """
-    shift, gain = state["_bn1.bias"].double(), state["_bn1.weight"].double().abs()
-    normal = torch.distributions.Normal(0.0, 1.0)
-
-    def above(c: float) -> torch.Tensor:
-        u = (shift - c) / gain
-        return gain * normal.log_prob(u).exp() + (shift - c) * normal.cdf(u)
-
-    return (above(0.0) - above(6.0)).float()
 
 
 def choose(parts: Path, data: Path, cifar: Path | None) -> None:
