@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from clipworks.errors import ClipworksError
 from clipworks.prompts import ip_clip
 from clipworks.prompts.ip_clip import IPCLIP, attended, attention, bounded, confident, divergence
+from clipworks.prompts.kept import Kept
 from clipworks.prompts.parts import frozen
 
 
@@ -218,6 +219,41 @@ def test_only_its_own_moves_and_is_saved(tmp_path):
     layer = (24 * 256 + 256) + (256 * 20 + 20) + (24 * 20 + 20)
     assert sum(v.numel() for v in method.learned_.values()) == 3 * layer + 4
     assert toys.numbers(IPCLIP()) == 8_666_125 == 12 * (768 * 256 + 256 + 256 * 512 + 512 + 768 * 512 + 512) + 13
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("scenario", ["specified", "free"])
+def test_it_serves_one_domain_alone(scenario, seed):
+    """Card, fact 8: images at their class words in either domain, which differ by a constant in what the layers see.
+    With a trained CLIP's scale, 100: at the toy's 14 the style term outweighs what images say, and both domains lose.
+    """
+    model = toys.encoder.__wrapped__()
+    with torch.no_grad():
+        model.log_scale.fill_(math.log(100))
+    words, draw = model.texts([f"a photo of a {n.replace('_', ' ')}." for n in toys.NAMES]), torch.Generator()
+    apart = toys.unit(words - words.mean(0))  # a random text tower says much the same of all
+    y = torch.arange(24) % 3
+
+    def kept(shift, seed):
+        draw.manual_seed(seed)
+        image = toys.unit(apart[y] + 0.05 * torch.randn(24, 16, generator=draw))
+        mean, deviation = (shift + 0.02 * torch.randn(24, 3, 24, generator=draw) for _ in range(2))
+        parts = {"image": image, "mean": mean, "deviation": deviation}
+        return Kept({k: v[:, None] for k, v in parts.items()}, "own", model.fingerprint)
+
+    def zero_shot():
+        return [float(((kept(shift, 1).tensors["image"][:, 0] @ words.T).argmax(1) == y).float().mean())
+                for shift in (1.0, -1.0)]  # fmt: skip
+
+    assert zero_shot() == [1.0, 1.0]
+    method = IPCLIP(toys.NAMES, encoder=model, scenario=scenario, epochs=30, batch_size=12, seed=seed)
+    method.fit(kept(1.0, 0), y, other=kept(-1.0, 0), other_y=y)
+    at_home, elsewhere = (method.score(kept(shift, 1), y) for shift in (1.0, -1.0))
+    assert at_home > 0.9
+    assert elsewhere < 0.5
+    assert ip_clip.protection(at_home, 1.0, elsewhere, 1.0) > 0.4
+    words = model.texts([f"a photo of a {n.replace('_', ' ')}." for n in toys.NAMES])
+    assert zero_shot() == [1.0, 1.0]  # the limit of the protection: who has the encoder has zero-shot CLIP
 
 
 def test_what_cannot_be_used_is_named():
