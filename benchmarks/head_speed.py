@@ -204,7 +204,7 @@ def imagenet_names(data: Path) -> list[str]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shots", type=int, default=16, help="per class, for the probes")
-    options.add_argument("--keys", type=int, default=4, help="shots per class of the Tip-Adapter search")
+    options.add_argument("--keys", type=int, default=16, help="shots per class of the Tip-Adapter search")
     options.add_argument("--validation", type=int, default=4, help="images per class that it searches on")
     options.add_argument("--test", type=int, default=10, help="images per class on which the probes are compared")
     options.add_argument("--templates", type=int, default=20, help="of the 80, for the text")
