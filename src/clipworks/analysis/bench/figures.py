@@ -75,7 +75,7 @@ def curves(
                          f'stroke-width="1.2" {drawn}/>')  # fmt: skip
             ends.append((own[0].mean, name, colour))
     if label:
-        places = _apart([y(end[0]) for end in ends], 12.5, top, height - bottom)
+        places = _apart([y(end[0]) for end in ends], 12.5, top - 10, height - bottom)
         for (_, name, colour), place in zip(ends, places, strict=True):
             parts.append(f'<text x="{width - right + 8}" y="{place + 4:.1f}" font-size="11" '
                          f'style="fill:{colour}">{escape(name)}</text>')  # fmt: skip
@@ -135,17 +135,18 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _apart(places: Sequence[float], least: float, top: float, bottom: float) -> list[float]:
-    """Move labels as little as needed so that none overlaps the next."""
-    order = np.argsort(places)
-    out = np.array(places, float)[order]
-    for _ in range(200):
-        gaps = least - np.diff(out)
-        if not len(gaps) or gaps.max() <= 0.01:
-            break
-        push = np.maximum(gaps, 0) / 2
-        out[:-1] -= push
-        out[1:] += push
-        out = np.clip(out, top - 10, max(bottom + 10, top - 10 + least * len(out)))
+    """Move labels by as little as needed so that each is `least` below the one before, within the figure if they fit.
+
+    >>> _apart([50.0, 48.0, 10.0], 10, 0, 100)
+    [58.0, 48.0, 10.0]
+    """
+    order = np.argsort(places, kind="stable")
+    out = np.maximum(np.array(places, float)[order], top)
+    steps = least * np.arange(len(out))
+    out = np.maximum.accumulate(out - steps) + steps  # down, where the one above is too near
+    over = out[-1] - max(bottom, top + steps[-1])
+    if over > 0:  # up again, where the last is below the figure
+        out = np.minimum.accumulate((np.minimum(out, out[-1] - over) - steps)[::-1])[::-1] + steps
     back = np.empty_like(out)
     back[order] = out
     return back.tolist()

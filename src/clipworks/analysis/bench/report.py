@@ -126,12 +126,14 @@ def _table(runs: Sequence[Run], blocks: int = 1) -> Table:
     columns += ["mean, 95 % interval"] if blocks > 1 else []
     columns += ["fit s", "µs / image", "MB", "ECE"]
     rows, means = [], []
-    own = sorted(grouped(runs, "method").items(), key=lambda pair: -_overall(pair[1]))
+    own = sorted(grouped(runs, "method").items(), key=lambda pair: (-len(_blocks(pair[1])), -_overall(pair[1])))
     for (method,), group in own:
         found = curve(group, blocks)
         means.append([found[n].mean if n in found else np.nan for n in shots])
         row = [method, *(str(found[n]) if n in found else "" for n in shots)]
-        if blocks > 1:
+        if blocks > 1 and len(_blocks(group)) < blocks:
+            row.append("")
+        elif blocks > 1:
             low, high = interval([values for _, values in _blocks(group).items()])
             row.append(f"{_overall(group):.1f} [{low:.1f}, {high:.1f}]")
         cost = costs(group)
