@@ -118,7 +118,7 @@ def slug(text: str) -> str:
     """A file name made of a text; texts that would share one get a few letters of their hash.
 
     >>> slug("human worse_label"), slug("gda")
-    ('human-worse_label-4e6c', 'gda')
+    ('human-worse_label-b294', 'gda')
     """
     plain = "".join(c if c.isalnum() or c in "._" else "-" for c in text).strip("-.")[:80]
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
