@@ -11,7 +11,7 @@ from clipworks.errors import ClipworksError
 from clipworks.heads.gda import GDA
 from clipworks.heads.nearest_mean import NearestMean
 from clipworks.metrics.detection import auroc
-from clipworks.ood.reject import Reject, logits_of
+from clipworks.ood.reject import Reject, like, logits_of
 
 
 def lot(n=40, known=3, seed=0, dim=8, noise=0.15):
@@ -81,6 +81,19 @@ def test_labels_of_words():
     assert set(fitted.predict(other).tolist()) == {"none of these"}
     assert set(fitted.predict(np.eye(8)[:3]).tolist()) == {"ant", "bee", "cat"}
     assert Reject(NearestMean(), scores=["nearest"], unknown="?").fit(x, names).predict(np.eye(8)[7:]).tolist() == ["?"]
+
+
+def test_folds_have_the_settings_of_the_last_classifier():
+    """A head with words weighs them by cross-validation; were that done in every fold anew, energies would differ."""
+    refused = []
+    for seed in range(8):
+        x, y, _ = lot(6, seed=seed, noise=0.35)
+        fitted = Reject(NearestMean(text=np.eye(8)[:3]), scores=["energy"], rate=0.1).fit(x, y)
+        refused.append((fitted.predict(lot(30, seed=100 + seed, noise=0.35)[0]) == -1).mean())
+    assert np.mean(refused) < 0.2
+    made = like(NearestMean(text=np.eye(8)[:3]), fitted.classifier_)
+    assert made.alpha == fitted.classifier_.alpha_
+    assert not hasattr(made, "alpha_")
 
 
 def test_two_class_decision_values_become_two_logits():

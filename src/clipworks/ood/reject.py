@@ -118,7 +118,7 @@ class Reject(BaseEstimator):
         for number in range(self.folds):
             out = fold == number
             if out.any():
-                fitted = clone(self.classifier).fit(vectors[~out], labels[~out])
+                fitted = like(self.classifier, self.classifier_).fit(vectors[~out], labels[~out])
                 held.append(self._table(fitted, unit(vectors[~out]), vectors[out]))
         if not held:
             raise ClipworksError("y must hold a class with two images or more: nothing can be left out. Got none.")
@@ -161,6 +161,17 @@ class Reject(BaseEstimator):
             return table[:, 0]
         ranks = [np.searchsorted(r, s, side="left") for r, s in zip(self.reference_.T, table.T, strict=True)]
         return np.mean(ranks, axis=0) / len(self.reference_)
+
+
+def like(classifier: Any, fitted: Any) -> Any:
+    """An unfitted copy with the settings that the fitted one chose for itself: None, with a value in `name_`.
+
+    A fold that chose its own weight of the words, say, would have logits of another size.
+    """
+    made = clone(classifier)
+    chosen = {name: getattr(fitted, name + "_", None) for name, value in made.get_params(deep=False).items()
+              if value is None}  # fmt: skip
+    return made.set_params(**{name: value for name, value in chosen.items() if isinstance(value, int | float)})
 
 
 def logits_of(classifier: Any, x: np.ndarray) -> np.ndarray:
