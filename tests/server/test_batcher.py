@@ -65,13 +65,13 @@ def test_clients_that_come_back_are_waited_for():
     sizes = []
 
     def work(requests):
-        time.sleep(0.02)
+        time.sleep(0.04)
         return requests
 
     def client(number):
         for i in range(12):
             assert batcher.submit((number, i)).result(30) == (number, i)
-            time.sleep(0.005 * number)  # they do not come at the same moment
+            time.sleep(0.004 * number)  # they do not come at the same moment
 
     batcher = Batcher(work, max_batch=8, max_wait=0.5, observe=lambda size, _: sizes.append(size))
     with ThreadPoolExecutor(4) as pool:

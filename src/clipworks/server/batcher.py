@@ -51,7 +51,8 @@ class Batcher:
     work : from a list of requests to a list of answers, as long; an answer that is an exception is raised where the
         request was made, and so is what `work` itself raises, for all of the batch
     max_batch : most requests at once
-    max_wait : seconds that a batch may wait for the clients of a moment ago
+    max_wait : seconds that a batch may wait for the clients of a moment ago, never more than half of the time that a
+        pass takes
     max_queue : most requests that wait
     idle : called about once a second while there is nothing to do
     observe : called with the size of each batch and the seconds it took
@@ -62,7 +63,7 @@ class Batcher:
         work: Callable[[list[Any]], Sequence[Any]],
         *,
         max_batch: int = 16,
-        max_wait: float = 0.005,
+        max_wait: float = 0.05,
         max_queue: int = 64,
         idle: Callable[[], None] | None = None,
         observe: Callable[[int, float], None] | None = None,
@@ -75,7 +76,7 @@ class Batcher:
         self._lock = threading.Lock()
         self._waiting = 0
         self._expected = 1  # clients there were when the last batch was done
-        self._seconds = 0.05  # of a batch, a running mean, for Retry-After
+        self._seconds = 0.05  # of a batch, a running mean
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="clipworks-batcher", daemon=True)
         self._thread.start()
@@ -134,7 +135,7 @@ class Batcher:
                 return
 
     def _gather(self, first: Job) -> tuple[list[Job], bool]:
-        batch, until = [first], time.monotonic() + self.max_wait
+        batch, until = [first], time.monotonic() + min(self.max_wait, self._seconds / 2)
         while len(batch) < self.max_batch:
             try:
                 # once as many are here as expected, whoever else has arrived joins, but nobody is waited for

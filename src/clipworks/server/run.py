@@ -33,7 +33,7 @@ def serve(
     preload: bool = True,
     idle: float | None = None,
     max_batch: int = 16,
-    max_wait: float = 5.0,
+    max_wait: float = 50.0,
     max_queue: int = 64,
     timeout: float = 30.0,
     max_pixels: int = 20_000_000,

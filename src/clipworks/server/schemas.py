@@ -125,8 +125,10 @@ class Classify(Strict):
     images: Annotated[list[Image], Field(max_length=IMAGES)] = []
     ids: Annotated[list[Id], Field(max_length=K)] = []
     templates: Annotated[list[Annotated[str, Field(max_length=200)]] | None, Field(max_length=20)] = None
-    none: Annotated[bool, Field(description='Whether "none of these" is an answer, at a threshold that 5 % of the '
-                                            "collection's own images stay below.")] = True  # fmt: skip
+    none: Annotated[
+        bool, Field(description='Whether "none of these" is an answer, at a threshold between the images of the '
+                                "collection that fit the names and those that do not.")
+    ] = True  # fmt: skip
 
 
 class Classified(BaseModel):

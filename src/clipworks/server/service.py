@@ -19,7 +19,7 @@ from .engine import Ask, Call, Engine, Found, NoEncoder, OutOfMemory, lacks_memo
 from .guard import Refused
 from .metrics import Metrics
 from .pictures import Gallery, picture
-from .schemas import image_bytes
+from .schemas import Condition, image_bytes
 from .shelf import Shelf, View
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Settings:
     """
 
     max_batch: int = 16
-    max_wait: float = 0.005
+    max_wait: float = 0.05
     max_queue: int = 64
     timeout: float = 30.0
     idle: float | None = None
@@ -95,6 +95,7 @@ class Service:
         """Begin to load the encoder, if that is wanted."""
         if self.settings.preload:
             self._first = self.batcher.submit(Call(lambda _: None))
+            self.readers.submit(lambda: self.shelf.view().where([Condition(column="key", operator="missing")]))
 
     def stop(self) -> None:
         """Answer what waits, then end the threads."""

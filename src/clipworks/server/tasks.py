@@ -18,7 +18,7 @@ from .shelf import View
 
 NONE = "none of these"
 REFERENCE = 2000  # images of the collection that set the threshold of "none of these"
-RATE = 0.05  # share of them that is refused
+FEWEST = 20  # with fewer there is no threshold
 COUNTED = 2000  # images of a selection that words are tried on
 SHOWN = 15  # words of each side
 TOLD = 60  # words with the largest difference that are tried on single images
@@ -70,15 +70,21 @@ def _words(service: Service, encoder: Any, names: list[str], templates: list[str
 
 
 def _threshold(view: View, words: np.ndarray) -> float | None:
-    """The largest cosine with a name that all but a share of the collection's images reach; None for a few images."""
+    """The cosine with the best name that parts the collection's images into those that fit and others; None for few.
+
+    The collection is a mixed lot, so it is the point between two normal curves fitted to its scores.
+    """
     from ..zeroshot.open_set import OpenSet
 
-    if len(view) < round(1 / RATE):
+    if len(view) < FEWEST:
         return None
     rows = np.unique(np.linspace(0, len(view) - 1, min(len(view), REFERENCE)).astype(int))
     known = np.asarray(view.collection.vectors[rows], np.float32)
     known /= np.maximum(np.linalg.norm(known, axis=1, keepdims=True), 1e-12)
-    return float(OpenSet(words, score="max_logit", scale=1.0, rate=RATE).fit(known).threshold_)
+    try:
+        return float(OpenSet(words, score="max_logit", scale=1.0, rate=None).fit(known).threshold_)
+    except ClipworksError:  # all images are the same to these names
+        return None
 
 
 async def segmented(service: Service, request: s.Segment) -> s.Segmented:
