@@ -131,7 +131,7 @@ def test_a_few_steps_learn_where_text_is_and_which_word(reader):
     x = torch.stack([torch.from_numpy(np.array(d.image)).permute(2, 0, 1) / 127.5 - 1 for d in drawn])
     masks = torch.stack([torch.from_numpy(d.mask(2, 2)).float() for d in drawn])
     model = SceneText(reader, image_size=64)
-    optimizer = torch.optim.Adam(model.groups(lr=1e-2, slow=1e-3))
+    optimizer = torch.optim.Adam(model.groups(lr=3e-3, slow=3e-4))
     kinds, seen = [word == "the" for word in words], []
     for _ in range(25):
         losses = model.losses(x[::2], words, kinds, masks[::2])
@@ -139,7 +139,7 @@ def test_a_few_steps_learn_where_text_is_and_which_word(reader):
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-    assert all(seen[-1][name] < seen[0][name] for name in ("infonce", "dqa"))
+    assert all(seen[-1][name] < 0.8 * seen[0][name] for name in ("infonce", "dqa", "binarise"))
     vectors, text_map = model.images(x[:2])
     assert text_map.shape == (2, 2, 2)
     np.testing.assert_allclose(vectors.norm(dim=1).detach(), 1, atol=1e-5)
