@@ -90,8 +90,8 @@ def compose(vectors: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
     Examples
     --------
-    >>> compose(np.eye(2), [1.0, -1.0]).round(3).tolist()
-    [0.7070000171661377, -0.7070000171661377]
+    >>> [round(float(value), 3) for value in compose(np.eye(2), [1.0, -1.0])]
+    [0.707, -0.707]
     """
     total = np.asarray(weights, np.float64)[None] @ np.asarray(vectors, np.float64)
     return unit(total)[0].astype(np.float32)

@@ -35,8 +35,8 @@ def expand_query(query: np.ndarray, hits: np.ndarray, scores: np.ndarray, power:
     Examples
     --------
     >>> found = expand_query(np.array([1.0, 0.0]), np.array([[0.6, 0.8]]), np.array([0.6]))
-    >>> found.round(3).tolist()
-    [0.8939999938011169, 0.4469999969005585]
+    >>> [round(float(value), 3) for value in found]
+    [0.894, 0.447]
     """
     check_range("power", power, 0.0)
     scores = np.asarray(scores, np.float64)
