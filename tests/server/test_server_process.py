@@ -30,6 +30,13 @@ class Server:
         command = [sys.executable, "-m", "clipworks", "serve", str(collection), "--port", "0", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        try:
+            self.start()
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def start(self):
         line = self.process.stderr.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
         assert found, line + self.process.stderr.read()
