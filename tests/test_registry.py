@@ -58,7 +58,7 @@ def test_a_name_in_two_areas_is_ambiguous(house):
 
 def test_names_are_looked_up():
     assert get_method("zeroshot/classifier").__name__ == "class_vectors"
-    assert get_method("wise-ft") is get_method("training/wise_ft")
+    assert get_method("tip-adapter") is get_method("heads/tip_adapter")
     with pytest.raises(ClipworksError, match=r"clipworks methods.*Did you mean 'infonce'"):
         get_method("infonse")
     with pytest.raises(UnknownName, match="Did you mean 'losses'"):

@@ -343,8 +343,7 @@ def run_blocks(
     -------
     last output ((B, 1, width) with `at`), kept outputs, kept weights, number of prompts in the last output
     """
-    blocks = list(blocks)
-    depth = len(blocks)
+    depth = len(blocks := list(blocks))
     prompts = {layer_index("prompts", i, depth): p for i, p in (prompts or {}).items()}
     rules = {layer_index("attention", i, depth): r for i, r in (attention or {}).items()}
     kept = [(layer_index("output_layers", i, depth), i) for i in output_layers]
@@ -352,8 +351,8 @@ def run_blocks(
     layers: dict[int, torch.Tensor] = {}
     maps: dict[int | str, torch.Tensor] = {}
     # a single row stays whole: products of one row take another kernel, and a vector would know its batch's size
-    asked = {*rules, *dict(kept), *dict(mapped)}
-    lean = len(x) > 1 and depth > 0 and isinstance(blocks[-1], Block) and depth - 1 not in asked
+    whole = {*rules, *dict(kept), *dict(mapped)}
+    lean = len(x) > 1 and isinstance(next(reversed(blocks), None), Block) and depth - 1 not in whole
     if stop is not None:
         stop, lean = layer_index("stop", stop, depth), False
         late = [number for number in (*prompts, *rules, *dict(kept), *dict(mapped)) if number >= stop]

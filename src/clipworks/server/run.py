@@ -167,6 +167,8 @@ def _protocol() -> Any:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Patient(H11Protocol):
+        """A connection whose wait for the head of a request ends."""
+
         patience: Any = None
 
         def connection_made(self, transport: Any) -> None:
