@@ -195,15 +195,17 @@ def differences(model: Any, data: Path) -> dict[str, Any]:
     for one in words:
         for other in words:
             if one != other:
-                ranked = differ(sets[one], sets[other], encoder=model, seed=SEED)
-                named = [i for i, phrase in enumerate(ranked.phrases, 1) if any(w in phrase for w in words[one])]
-                found[f"{one} against {other}"] = {
-                    "place of the domain": named[0] if named else None,
-                    "best": [f"{row['phrase']} ({row['auroc']})" for row in ranked.as_rows(5)],
-                }  # fmt: skip
-    places = [entry["place of the domain"] for entry in found.values()]
-    found["all"] = {"first": float(np.mean([p == 1 for p in places])),
-                    "among five": float(np.mean([p is not None and p <= 5 for p in places]))}  # fmt: skip
+                for way in ("centred", "plain"):
+                    ranked = differ(sets[one], sets[other], encoder=model, seed=SEED, centre=way == "centred")
+                    named = [i for i, phrase in enumerate(ranked.phrases, 1) if any(w in phrase for w in words[one])]
+                    found[f"{one} against {other}, {way}"] = {
+                        "place of the domain": named[0] if named else None,
+                        "best": [f"{row['phrase']} ({row['auroc']})" for row in ranked.as_rows(5)],
+                    }
+    for way in ("centred", "plain"):
+        places = [entry["place of the domain"] for name, entry in found.items() if name.endswith(f", {way}")]
+        found[f"all {way}"] = {"first": float(np.mean([p == 1 for p in places])),
+                               "among five": float(np.mean([p is not None and p <= 5 for p in places]))}  # fmt: skip
     return found
 
 

@@ -22,10 +22,10 @@ class Words:
         return torch.eye(self.dim)[: len(phrases)]
 
 
-def features(axis, n=80, seed=0):
+def features(axis, n=80, seed=0, strength=3):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 300)).astype(np.float32)
-    x[:, axis] += 3
+    x[:, axis] += strength
     return Features(x)
 
 
@@ -47,11 +47,23 @@ def test_phrases_are_chosen_by_some_images_and_ranked_on_the_rest(plain):
     a, b, names = features(17), features(40, seed=1), visual_vocabulary()
     (seen_a, rest_a), (seen_b, rest_b) = (_split(x.vectors, 0.5, 3) for x in (a, b))
     text = np.eye(300)[: len(names)]
+    text = text - text.mean(0)
     kept = propose(seen_a, seen_b, text, 20)
     expected = visdiff(rest_a, rest_b, [names[i] for i in kept], text[kept])
     found = differ(a, b, count=20, seed=3)
     assert found.phrases == expected.phrases
     np.testing.assert_allclose(found.auroc, expected.auroc)
+
+
+def test_what_is_near_to_all_words_is_not_near_to_each(plain):
+    """The first set is nearer to every word; only word 17 is more than that."""
+    a, b, names = features(17), features(40, seed=1, strength=0), visual_vocabulary()
+    a.vectors[:, : len(names)] += 1
+    found = differ(a, b, centre=False, count=len(names))
+    assert (found.auroc > 0.6).mean() > 0.9
+    centred = differ(a, b, count=len(names))
+    assert centred.phrases[0] == names[17]
+    assert (centred.auroc > 0.6).mean() < 0.3
 
 
 def test_the_parts_do_not_overlap():

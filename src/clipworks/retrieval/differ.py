@@ -24,6 +24,7 @@ def differ(
     phrases: Sequence[str] | str | Path | None = None,
     proposer: Callable[[], Sequence[str]] | None = None,
     count: int = 100,
+    centre: bool = True,
     held_out: float = 0.5,
     level: float = 0.05,
     most: int = 5000,
@@ -40,6 +41,8 @@ def differ(
     phrases : to choose from, or a text file with one per line (default: the built-in vocabulary of about 230)
     proposer : returns phrases in their place, such as a call of `visdiff.proposed_by`
     count : phrases of the vocabulary that are ranked, those that point most from the second set to the first
+    centre : take the mean of the built-in vocabulary's vectors from every phrase's. Images of one kind may be near to
+        all words (or far from all); without it nearly every phrase then separates the sets. The paper does not
     held_out : share of the images that phrases are ranked on; the rest is what they are chosen by. Where no choice is
         made, all images are ranked on
     level : of significance, after correction for the number of phrases
@@ -65,6 +68,8 @@ def differ(
             raise ClipworksError(f"{name} must hold images that can be used. Got none{reason}.")
         sets.append(np.asarray(found.vectors, np.float32))
     text = model.texts(told).numpy()
+    if centre:
+        text = text - model.texts(visual_vocabulary()).numpy().mean(0)
     one, other = sets
     if len(told) > count:
         if min(len(one), len(other)) < 2:
