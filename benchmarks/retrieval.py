@@ -5,6 +5,7 @@
 linking   emoji in several drawing styles with their names: image, text and both; tuned on other emoji (CLIPPINGS)
 comclip   SugarCrepe items whose photos have boxes: plain scores and scores with sub-images (ComCLIP)
 inversion Caltech-101 validation images as queries: image against image, and inverted query against image (OTI)
+texts     COCO captions as queries: text against text, and inverted query against text (OVI)
 visdiff   every two domains of PACS: where the name of the domain comes among all that is ranked (VisDiff)
 search    Caltech-101 validation images: plain, expanded, ordered anew by reciprocal neighbours
 """
@@ -30,6 +31,7 @@ from clipworks.retrieval.comclip import match
 from clipworks.retrieval.common import group_scores, ngram_jaccard
 from clipworks.retrieval.differ import differ
 from clipworks.retrieval.oti import textual_inversion
+from clipworks.retrieval.ovi import visual_inversion
 from clipworks.retrieval.query_expansion import expand_query
 from clipworks.retrieval.rerank import reciprocal_distances
 from clipworks.types import Features
@@ -152,6 +154,24 @@ def inversion(model: Any, data: Path) -> dict[str, Any]:
     return found
 
 
+def inverted_texts(model: Any, data: Path) -> dict[str, Any]:
+    """One caption of each of 60 COCO photos asks for the other four of its photo, as it is and inverted to an image."""
+    entries = json.loads((data / "coco-mini" / "coco_mini.json").read_text(encoding="utf-8"))
+    five = [e["captions"] for e in entries if len(e["captions"]) == 5][:60]
+    asked = model.texts([captions[0] for captions in five]).numpy()
+    gallery = model.texts([caption for captions in five for caption in captions[1:]]).numpy()
+    labels = np.arange(len(five))
+    stock = {"gallery": gallery, "gallery_labels": labels.repeat(4)}
+    found: dict[str, Any] = {"queries": len(five)}
+    found["text to text"] = image_retrieval(asked, labels, **stock).mean_average_precision
+    for steps in (50, 200):
+        inverted = visual_inversion(asked, model, tokens=4, steps=steps, seed=SEED)
+        across = image_retrieval(inverted.vectors, labels, **stock)
+        found[f"inverted, {steps} steps"] = {"inverted to text": across.mean_average_precision,
+                                             "loss": float(inverted.losses[:, -1].mean())}  # fmt: skip
+    return found
+
+
 def searching(model: Any, data: Path) -> dict[str, Any]:
     """Every image asks for the others of its class: plain, expanded, ordered anew."""
     vectors, labels, _ = caltech(model, data, 6, 60)
@@ -210,8 +230,13 @@ def differences(model: Any, data: Path) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {
-    "linking": linking, "comclip": compositions, "inversion": inversion, "visdiff": differences, "search": searching,
-}  # fmt: skip
+    "linking": linking,
+    "comclip": compositions,
+    "inversion": inversion,
+    "texts": inverted_texts,
+    "visdiff": differences,
+    "search": searching,
+}
 
 
 def main() -> None:
