@@ -33,7 +33,7 @@ from sklearn.utils.validation import check_is_fitted
 from ..errors import ClipworksError, check_choice, check_range
 from ..registry import get_method, method, methods
 from ..types import Features
-from .common import Choice, Head, Shots, check_text, check_vectors, class_words, fold_numbers
+from .common import Choice, Head, Shots, check_vectors, fold_numbers, named_words
 
 ZERO_SHOT = "zero_shot"
 
@@ -177,11 +177,8 @@ class Auto(Head):
     def _without_shots(self) -> Auto:
         if self.text is None:
             raise ClipworksError("text must be given where there are no shots (x). Got neither.")
-        words = check_text(self.text, np.shape(getattr(self.text, "vectors", self.text))[-1])
-        named = getattr(self.text, "labels", None)
-        labels = np.arange(len(words)) if named is None else np.asarray(named)
-        self.classes_, self.text_ = class_words(self.text, labels, words.shape[1])
-        self.n_features_in_ = words.shape[1]
+        self.n_features_in_ = np.shape(getattr(self.text, "vectors", self.text))[-1]
+        self.classes_, self.text_ = named_words(self.text, self.n_features_in_)
         head = ZeroShot(self.text)
         head.classes_, head.text_, head.n_features_in_ = self.classes_, self.text_, self.n_features_in_
         head._take(head._choice())

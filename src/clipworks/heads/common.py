@@ -287,12 +287,9 @@ def class_words(text: Any, y: np.ndarray, dim: int, made_by: str = "") -> tuple[
     seen = np.unique(y)
     if text is None:
         return seen, None
-    vectors = check_text(text, dim, made_by)
+    classes, vectors = named_words(text, dim, made_by)
     if isinstance(text, Features) and text.labels is not None:
-        classes, order = np.unique(np.asarray(text.labels), return_index=True)
-        if len(classes) < len(vectors):
-            raise ClipworksError(f"text must have one row per class. Got {len(vectors)} for {len(classes)} labels.")
-        return classes, vectors[order]
+        return classes, vectors
     if seen.dtype.kind not in "biuf":
         raise ClipworksError("text must be Features with labels (the class of each row) where the labels are words. "
                              f"Got {type(text).__name__}.")  # fmt: skip
@@ -301,6 +298,18 @@ def class_words(text: Any, y: np.ndarray, dim: int, made_by: str = "") -> tuple[
     if len(seen) == len(vectors):
         return seen, vectors
     raise ClipworksError(f"text must have one row per class ({len(seen)} labels in y). Got {len(vectors)} rows.")
+
+
+def named_words(text: Any, dim: int, made_by: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes as the words alone name them, sorted, and their unit vectors: the labels of `Features`, else
+    0..C-1."""
+    vectors = check_text(text, dim, made_by)
+    if not isinstance(text, Features) or text.labels is None:
+        return np.arange(len(vectors)), vectors
+    classes, order = np.unique(np.asarray(text.labels), return_index=True)
+    if len(classes) < len(vectors):
+        raise ClipworksError(f"text must have one row per class. Got {len(vectors)} for {len(classes)} labels.")
+    return classes, vectors[order]
 
 
 def check_text(text: Any, dim: int, made_by: str = "", name: str = "text") -> np.ndarray:

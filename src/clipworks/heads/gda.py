@@ -28,19 +28,7 @@ import numpy as np
 
 from ..errors import ClipworksError, check_choice, check_range
 from ..registry import method
-from .common import (
-    Choice,
-    Head,
-    Shots,
-    as_array,
-    check_text,
-    check_vectors,
-    class_words,
-    fingerprint,
-    one_hot,
-    softmax,
-    zero_shot,
-)
+from .common import Choice, Head, Shots, check_vectors, fingerprint, named_words, one_hot, softmax, zero_shot
 
 PRIORS = ("uniform", "shots")
 
@@ -128,10 +116,7 @@ class GDA(Head):
         if self.text is None:
             self.classes_, self.text_ = np.arange(np.shape(np.asarray(start))[-1]), None
         else:
-            given = check_text(self.text, vectors.shape[1], fingerprint(x))
-            named = getattr(self.text, "labels", None)
-            labels = np.arange(len(given)) if named is None else np.asarray(named)
-            self.classes_, self.text_ = class_words(self.text, labels, vectors.shape[1], fingerprint(x))
+            self.classes_, self.text_ = named_words(self.text, vectors.shape[1], fingerprint(x))
         natural = 1.0 if self.text_ is None else (len(vectors) - 1) / vectors.shape[1]
         self.alpha_ = natural if self.alpha is None else float(check_range("alpha", self.alpha, 0))
         self.temperature_ = 1.0
@@ -164,11 +149,7 @@ class GDA(Head):
         check_range("copies", copies, 0)
         base = check_vectors(self, x)
         new = copy.copy(self)
-        named = getattr(text, "labels", None)
-        labels = np.arange(len(as_array(text))) if named is None else np.asarray(named)
-        new.classes_, words = class_words(text, labels, base.shape[1], fingerprint(x))
-        if words is None:
-            raise ClipworksError("text must hold the vectors of the new classes' words. Got None.")
+        new.classes_, words = named_words(text, base.shape[1], fingerprint(x))
         new.text, new.text_ = text, None if self.text_ is None else words
         near = np.argsort(-zero_shot(base, words), axis=0, kind="stable")[:neighbours].T  # (C, k)
         k = near.shape[1]

@@ -27,7 +27,7 @@ import numpy as np
 from ..errors import ClipworksError, check_range
 from ..registry import method
 from ..types import Features
-from .common import Head, as_array, check_text, check_vectors, class_words, fingerprint, softmax, unit, zero_shot
+from .common import Head, as_array, check_vectors, fingerprint, named_words, softmax, unit, zero_shot
 
 if TYPE_CHECKING:
     from ..zeroshot.descriptions import Source
@@ -115,10 +115,8 @@ class NoLA(Head):
             rows = check_vectors(self, x, fit=True, labelled=False)
             seen = rows if clip is None else self._paired(clip, len(rows))
             made_by = fingerprint(x if clip is None else clip)
-            named = getattr(self.text, "labels", None)
-            labels = np.arange(len(check_text(self.text, seen.shape[1], made_by))) if named is None else named
-            self.classes_, words = class_words(self.text, np.asarray(labels), seen.shape[1], made_by)
-            if words is None or len(words) < 2:
+            self.classes_, words = named_words(self.text, seen.shape[1], made_by)
+            if len(words) < 2:
                 raise ClipworksError("text must hold the vectors of at least 2 classes. Got 1.")
             self.kept_, self.labels_ = surest(softmax(zero_shot(seen, words)), self.keep, self.least)
         self.text_ = None  # the words are in the answers learned from: nothing is added to the logits
