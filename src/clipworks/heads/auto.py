@@ -23,7 +23,7 @@ import inspect
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ from sklearn.utils.validation import check_is_fitted
 from ..errors import ClipworksError, check_choice, check_range
 from ..registry import get_method, method, methods
 from ..types import Features
-from .common import Choice, Head, Shots, check_vectors, fold_numbers, named_words
+from .common import Choice, Head, Shots, check_vectors, named_words
 
 ZERO_SHOT = "zero_shot"
 
@@ -153,7 +153,7 @@ class Auto(Head):
             return self._without_shots()
         candidates = self._candidates()
         shots = self._open(x, y, groups, validation, unseen=self.text is not None)
-        splits = list(self._splits(shots))
+        splits = shots.splits(self.folds)
         tried = [self._try(*entry, shots, splits, end if number else None) for number, entry in enumerate(candidates)]
         winner = self._choose(tried)
         rows = {"groups": shots.groups} if shots.validation is None else {"groups": shots.groups, "validation":
@@ -198,17 +198,6 @@ class Auto(Head):
         if not found:
             raise ClipworksError("methods must name at least one head that needs no words where text is None.")
         return sorted(found.items(), key=lambda entry: (entry[1].effort, entry[0]))
-
-    def _splits(self, shots: Shots) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Rows to fit on, then vectors and class numbers to compare on."""
-        if shots.validation is not None:
-            yield np.arange(len(shots.y)), *shots.validation
-            return
-        fold = fold_numbers(shots.y, shots.groups, self.folds)
-        for k in range(self.folds):
-            held = fold == k
-            if held.any():
-                yield np.flatnonzero(~held), shots.x[held], shots.y[held]
 
     def _fitted(self, kind: type[Head], x: np.ndarray, y: np.ndarray, **more: Any) -> Head:
         words = None if self.text_ is None else Features(self.text_, labels=self.classes_)
