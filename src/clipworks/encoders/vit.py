@@ -138,15 +138,16 @@ class VisionTransformer(nn.Module):
             raise ClipworksError("one of pixels and embeddings must be given, and not both.")
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2).contiguous()
-        recalled = None if self.memory is None else self.memory(_seen(x, keep, mask))
         table = self._table(self.positions if positions is None else positions, x.shape[1], grid).to(x.dtype)
-        x = x + table[self.head :]
+        places = table[self.head :]
         if mask is not None:
             mask = check_mask(mask, x)
         if keep is not None:
             _check_keep(keep, x)
-            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+            x, places = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2])), places[keep]
             mask = None if mask is None else mask.gather(1, keep)
+        recalled = None if self.memory is None else self.memory(masked_mean(x, mask))
+        x = x + places
         if self.class_token is not None:
             first = (self.class_token + table[0]).to(x.dtype).expand(len(x), 1, -1)
             x = torch.cat([first, x], dim=1)
@@ -210,16 +211,6 @@ class VisionTransformer(nn.Module):
         if table.shape[0] == self.head + cells and (grid == self.grid or table is not self.positions):
             return table
         return resize_positions(table, self.grid, grid)
-
-
-def _seen(x: torch.Tensor, keep: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean (B, width) of the stem's tokens that are kept and not hidden."""
-    mask = None if mask is None else check_mask(mask, x)
-    if keep is not None:
-        _check_keep(keep, x)
-        x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
-        mask = None if mask is None else mask.gather(1, keep)
-    return masked_mean(x, mask)
 
 
 def _check_keep(keep: torch.Tensor, x: torch.Tensor) -> None:
