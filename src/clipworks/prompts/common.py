@@ -22,6 +22,7 @@ gradients are used and its machinery is not. Class vectors that do not depend on
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -40,7 +41,7 @@ from ..training.schedule import learning_rate
 from ..zeroshot.classifier import check_names
 from .files import read_learned, write_learned
 from .kept import CROPS, Kept, keep_images
-from .parts import frozen
+from .parts import frozen, need_tokens
 from .words import Sentences
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ WARM_LR = 1e-5  # of the first epoch, in the released code of CoOp and of all th
 TOKENS = 1024  # of text in one backward pass: about 0.7 GB in the text tower of ViT-B
 
 
-class PromptMethod(ClassifierMixin, BaseEstimator):
+class PromptMethod(ClassifierMixin, BaseEstimator, ABC):
     """Base of the methods. Settings of all: encoder, names, epochs, lr, batch_size, views, chunk, seed.
 
     After `fit`: `classes_` (labels in the order of all columns), `names_`, `learned_` (what was learned, by name),
@@ -81,9 +82,9 @@ class PromptMethod(ClassifierMixin, BaseEstimator):
 
     # -- what a method writes ------------------------------------------------------------------------------------
 
+    @abstractmethod
     def start(self, encoder: Encoder) -> Learned:
         """Learned tensors before the first step."""
-        raise NotImplementedError
 
     def ready(self, encoder: Encoder) -> None:
         """Make what does not change while learning, from `encoder` and `names_`; names begin with `_`."""
@@ -92,15 +93,16 @@ class PromptMethod(ClassifierMixin, BaseEstimator):
         """What is kept of a batch of pixels; runs without gradients."""
         if self.keeps == "features":
             return {"image": encoder.encode_image(pixels)}
+        need_tokens(type(self).__name__, encoder)
         return {"stem": encoder.visual.stem(pixels.to(encoder.dtype))}
 
     def draw(self, kept: Kept, rows: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """One view of each of these images, on the device of the encoder."""
         return kept.take(rows, rng.integers(kept.views, size=len(rows)), self.model.device)
 
+    @abstractmethod
     def texts(self, p: Learned, x: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         """Unit class vectors (c, dim), or (c, B, dim) where they depend on the images."""
-        raise NotImplementedError
 
     def images(self, p: Learned, x: dict[str, torch.Tensor]) -> torch.Tensor:
         """Unit image vectors (B, dim)."""

@@ -36,6 +36,19 @@ def write_learned(path: Any, method: PromptMethod, fingerprint: str) -> None:
     write_atomically(Path(path), lambda file: save_file(tensors, file, metadata={KEY: json.dumps(record)}))
 
 
+def _read(path: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Record and tensors of a file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get(KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BadWeights(f"{path} cannot be read: {error}.") from error
+    if not isinstance(record, dict) or record.get("format") != 1:
+        raise BadWeights(f"{path} holds no learned inputs of this library.")
+    return record, tensors
+
+
 def read_learned(
     path: Any, kind: type | None = None
 ) -> tuple[dict[str, Any], list[str], np.ndarray, dict[str, torch.Tensor], str]:
@@ -46,14 +59,7 @@ def read_learned(
     ClipworksError
         If the file is none of ours or holds another method than `kind`.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get(KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-    except (OSError, SafetensorError, ValueError) as error:
-        raise BadWeights(f"{path} cannot be read: {error}.") from error
-    if not isinstance(record, dict) or record.get("format") != 1:
-        raise BadWeights(f"{path} holds no learned inputs of this library.")
+    record, tensors = _read(path)
     if kind is not None and record["method"] != _name(kind):
         raise ClipworksError(f"path must hold {_name(kind)}. {path} holds {record['method']}.")
     names = record["names"]
@@ -63,10 +69,7 @@ def read_learned(
 
 def load_learned(path: Any, encoder: Any = None) -> PromptMethod:
     """Read a file of any method of this room; arguments as for its `load`."""
-    read_learned(path)  # says what is wrong with it
-    with safe_open(str(path), framework="pt") as file:
-        name = json.loads(file.metadata()[KEY])["method"]
-    return get_method(name).load(path, encoder)
+    return get_method(_read(path)[0]["method"]).load(path, encoder)
 
 
 def _name(kind: type) -> str:

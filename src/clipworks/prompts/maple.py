@@ -126,11 +126,6 @@ class MaPLe(PromptMethod):
                 "MaPLe needs a text tower whose sentences begin with a start token. This one's do not."
             )
 
-    def look(self, encoder: Encoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What comes before the first block."""
-        need_tokens("MaPLe", encoder)
-        return super().look(encoder, pixels)
-
     def texts(self, p: Learned, x: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         """The sentences of these classes, with the learned words of every layer."""
         words = self._layers(p, "words")

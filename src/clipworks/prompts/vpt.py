@@ -110,11 +110,6 @@ class VPT(PromptMethod):
         names = [name.replace("_", " ") for name in self.names_]
         self._words = class_vectors(names, encoder, templates=self.templates).to(encoder.device)
 
-    def look(self, encoder: Encoder, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What comes before the first block."""
-        need_tokens("VPT", encoder)
-        return super().look(encoder, pixels)
-
     def texts(self, p: Learned, x: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         """The class words, which do not learn."""
         return self._words[rows]
