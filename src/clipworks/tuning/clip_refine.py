@@ -100,9 +100,8 @@ class CLIPRefine(Tuner):
             self.true_share, self.temperature, self.alignment, self.distillation, self.normalise,
             few_shot_augment(self.augment),
         )  # fmt: skip
-        report = run(
+        return run(
             start, shots.captioned(self.templates, self.seed), recipe, freeze=self.frozen, lr=self.lr,
             weight_decay=self.weight_decay, schedule="constant", warmup=0, betas=(0.9, 0.999), eps=1e-8,
             epochs=self.epochs, batch_size=self.batch_size, seed=self.seed, progress=progress,
         )  # fmt: skip
-        return Tuned(report.encoder, None, report.losses)  # type: ignore[arg-type]

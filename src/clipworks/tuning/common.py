@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import copy
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -36,9 +38,10 @@ from ..data.item import Item
 from ..encoders.encoder import Encoder
 from ..encoders.loading import load as load_encoder
 from ..errors import BadWeights, ClipworksError, check_choice, check_range
+from ..heads.common import softmax
 from ..training.augment import AUGMENTS, Augment, resolve_augment
 from ..training.finetune import ClassifierRecipe
-from ..training.loop import TrainReport, train
+from ..training.loop import train
 from ..training.optim import freeze
 from ..training.recipe import Recipe
 from ..training.wise_ft import interpolate
@@ -56,14 +59,19 @@ T = TypeVar("T", bound="Tuner")
 
 
 class Tuned(NamedTuple):
-    """What training gives: the encoder, the rows of a trained head (C, dim) or None, the losses of the last step."""
+    """What training gives: the encoder, the losses of the last step, and what the recipe itself has learned."""
 
     encoder: Encoder
-    head: torch.Tensor | None
     losses: dict[str, float]
+    parts: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+    @property
+    def head(self) -> torch.Tensor | None:
+        """Rows of a trained classifier head, (C, dim)."""
+        return self.parts.get("head.weight")
 
 
-class Tuner(ClassifierMixin, BaseEstimator):
+class Tuner(ClassifierMixin, BaseEstimator, ABC):
     """Base of the methods that change weights.
 
     After `fit`: `encoder_` (the changed encoder), `classes_` (labels, the order of all columns), `classifier_` (C, dim)
@@ -90,8 +98,9 @@ class Tuner(ClassifierMixin, BaseEstimator):
     def _shape(self, encoder: Encoder) -> None:
         """Bring the copy of the encoder into the form that is trained, in place."""
 
+    @abstractmethod
     def _train(self, start: Encoder, shots: Shots, progress: bool | None) -> Tuned:
-        raise NotImplementedError
+        """Train what `_shape` gave; a copy, as `run` makes it."""
 
     def _merge(self, encoder: Encoder) -> None:
         """Undo `_shape` in place, with the change folded in."""
@@ -132,9 +141,7 @@ class Tuner(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, images: Any) -> np.ndarray:
         """Return probabilities (n, C), columns in the order of `classes_`."""
-        logits = self.logits(images)
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        return weights / weights.sum(1, keepdims=True)
+        return softmax(self.logits(images))
 
     def predict(self, images: Any) -> np.ndarray:
         """Return the most probable label of every image."""
@@ -277,7 +284,7 @@ class Tuner(ClassifierMixin, BaseEstimator):
         move(max(ALPHAS, key=accuracy) if alpha is None else alpha)  # the first of equals
 
 
-def run(start: Encoder, items: Sequence[Item], recipe: Recipe, *, batch_size: int, **options: Any) -> TrainReport:
+def run(start: Encoder, items: Sequence[Item], recipe: Recipe, *, batch_size: int, **options: Any) -> Tuned:
     """Train a copy of an encoder with a recipe, in memory; `options` as in `training.loop.train`.
 
     Parameters
@@ -286,7 +293,8 @@ def run(start: Encoder, items: Sequence[Item], recipe: Recipe, *, batch_size: in
     items : images; whole batches only, so a batch is never larger than their number
     """
     check_range("batch_size", batch_size, 1)
-    return train(list(items), start, out=None, recipe=recipe, batch_size=min(batch_size, len(items)), **options)
+    report = train(list(items), start, out=None, recipe=recipe, batch_size=min(batch_size, len(items)), **options)
+    return Tuned(report.encoder, report.losses, report.parts)  # type: ignore[arg-type]
 
 
 def run_head(start: Encoder, items: Sequence[Item], table: Mapping[str, str], head: torch.Tensor, augment: str,
@@ -299,9 +307,7 @@ def run_head(start: Encoder, items: Sequence[Item], table: Mapping[str, str], he
     head : rows to begin with, (C, dim)
     augment : name of the views
     """
-    recipe = ClassifierRecipe(list(table), head, few_shot_augment(augment))
-    report = run(start, items, recipe, **options)
-    return Tuned(report.encoder, report.parts["head.weight"], report.losses)  # type: ignore[arg-type]
+    return run(start, items, ClassifierRecipe(list(table), head, few_shot_augment(augment)), **options)
 
 
 def few_shot_augment(name: str) -> Augment | None:

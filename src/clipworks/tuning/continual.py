@@ -14,8 +14,9 @@ from sklearn.base import clone
 
 from ..encoders.encoder import Encoder
 from ..errors import ClipworksError
+from ..zeroshot.classifier import class_vectors
 from .common import Tuner, resolve_encoder
-from .shots import class_numbers
+from .shots import as_given, class_numbers
 
 
 @dataclass
@@ -101,21 +102,19 @@ def continual(method: Tuner, tasks: Sequence[Task], *, original_teacher: bool = 
     if original_teacher and "teacher" not in method.get_params(deep=False):
         raise ClipworksError(f"original_teacher needs a method with teacher. {type(method).__name__} has none.")
     first = encoder = resolve_encoder(method.encoder)
-    plain = Tuner()
     rows = []
-    start = np.array([_accuracy(plain, first, task, method.templates) for task in tasks])
+    start = np.array([_accuracy(first, task, method.templates) for task in tasks])
     for task in tasks:
         changes = {"teacher": first} if original_teacher else {}
         made = clone(method).set_params(names=list(task.names), encoder=encoder, **changes)
         encoder = made.fit(task.images, task.y).merge()
-        rows.append([_accuracy(plain, encoder, other, method.templates) for other in tasks])
+        rows.append([_accuracy(encoder, other, method.templates) for other in tasks])
     return ContinualReport([task.title for task in tasks], start, np.array(rows), encoder)
 
 
-def _accuracy(reader: Tuner, encoder: Encoder, task: Task, templates: Any) -> float:
+def _accuracy(encoder: Encoder, task: Task, templates: Any) -> float:
     """Accuracy in percent by class words."""
-    reader.encoder_, reader.templates = encoder, templates
-    logits = reader.to_new(task.names).logits(task.held)
+    cosines = encoder.images(as_given(task.held)) @ class_vectors(task.names, encoder, templates=templates).T
     labels = np.asarray(task.held_y)
     known = np.asarray(task.names) if labels.dtype.kind == "U" else np.arange(len(task.names))
-    return 100 * float(np.mean(logits.argmax(1) == class_numbers("held_y", labels, known)))
+    return 100 * float(np.mean(cosines.argmax(1).numpy() == class_numbers("held_y", labels, known)))

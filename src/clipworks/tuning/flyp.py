@@ -85,19 +85,13 @@ class FLYP(Tuner):
         alpha: float | None = 1.0,
         seed: int = 0,
     ):
-        self.names, self.encoder, self.templates, self.lr, self.weight_decay = (
-            names,
-            encoder,
-            templates,
-            lr,
-            weight_decay,
-        )
+        self.names, self.encoder, self.templates = names, encoder, templates
+        self.lr, self.weight_decay = lr, weight_decay
         self.epochs, self.batch_size, self.augment, self.alpha, self.seed = epochs, batch_size, augment, alpha, seed
 
     def _train(self, start: Encoder, shots: Shots, progress: bool | None) -> Tuned:
         recipe = SentenceRecipe(shots.table, resolve_templates(self.templates), few_shot_augment(self.augment))
-        report = run(
+        return run(
             start, shots.items, recipe, freeze=self.frozen, lr=self.lr, weight_decay=self.weight_decay,
             epochs=self.epochs, batch_size=self.batch_size, clip=1.0, seed=self.seed, progress=progress,
         )  # fmt: skip
-        return Tuned(report.encoder, None, report.losses)  # type: ignore[arg-type]

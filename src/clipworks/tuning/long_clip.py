@@ -118,15 +118,14 @@ class LongCLIP(Tuner):
         check_range("components", self.components, 1)
         check_range("smoothing", self.smoothing, 0, 1)
         recipe = LongRecipe(self.keep, self.components, self.smoothing, few_shot_augment(self.augment))
-        report = run(
+        tuned = run(
             start, shots.captioned(self.templates, self.seed), recipe, freeze=self.frozen, lr=self.lr,
             weight_decay=self.weight_decay, betas=(0.9, 0.999), eps=1e-8, warmup=self.warmup, epochs=self.epochs,
             batch_size=self.batch_size, seed=self.seed, progress=progress,
         )  # fmt: skip
-        encoder: Any = report.encoder
         with torch.no_grad():
-            encoder.text.positions[self.keep :] = report.parts["rest"]
-        return Tuned(encoder, None, report.losses)
+            tuned.encoder.text.positions[self.keep :] = tuned.parts["rest"]
+        return tuned
 
 
 class LongRecipe(ModuleRecipe):

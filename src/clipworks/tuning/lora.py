@@ -25,8 +25,8 @@ from ..encoders.encoder import Encoder
 from ..encoders.layers import swap
 from ..errors import check_range, need
 from ..registry import method
-from .class_words import ClassRecipe
-from .common import TEMPLATE, Tuned, Tuner, few_shot_augment, linears, only, run
+from .class_words import few_shot_steps
+from .common import TEMPLATE, Tuned, Tuner, linears, only
 from .shots import Shots
 
 
@@ -115,13 +115,7 @@ class LoRA(Tuner):
         encoder.requires_grad_(True)  # peft freezes the rest; the loop is told what learns
 
     def _train(self, start: Encoder, shots: Shots, progress: bool | None) -> Tuned:
-        recipe = ClassRecipe(shots.table or {}, self.templates, few_shot_augment(self.augment))
-        report = run(
-            start, shots.items, recipe, freeze=self.frozen, steps=shots.steps(self.steps_per_shot), lr=self.lr,
-            weight_decay=self.weight_decay, betas=(0.9, 0.999), eps=1e-8, warmup=0, end_lr=min(1e-6, self.lr),
-            batch_size=self.batch_size, seed=self.seed, progress=progress,
-        )  # fmt: skip
-        return Tuned(report.encoder, None, report.losses)  # type: ignore[arg-type]
+        return few_shot_steps(self, start, shots, progress)
 
     def _merge(self, encoder: Encoder) -> None:
         for path, module in list(encoder.named_modules()):

@@ -88,13 +88,8 @@ class LPFT(Tuner):
         alpha: float | None = 1.0,
         seed: int = 0,
     ):
-        self.names, self.encoder, self.templates, self.lr, self.weight_decay = (
-            names,
-            encoder,
-            templates,
-            lr,
-            weight_decay,
-        )
+        self.names, self.encoder, self.templates = names, encoder, templates
+        self.lr, self.weight_decay = lr, weight_decay
         self.head_lr, self.head_epochs, self.epochs, self.batch_size = head_lr, head_epochs, epochs, batch_size
         self.augment, self.alpha, self.seed = augment, alpha, seed
 

@@ -106,8 +106,7 @@ class M2Mix(Tuner):
             self.weight, self.beta, self.beta, self.temperature, self.images, self.texts, self.both,
             epoch if self.fading else None, few_shot_augment(self.augment),
         )  # fmt: skip
-        report = run(
+        return run(
             start, items, recipe, freeze=self.frozen, lr=self.lr, weight_decay=self.weight_decay, clip=1.0,
             epochs=self.epochs, batch_size=self.batch_size, seed=self.seed, progress=progress,
         )  # fmt: skip
-        return Tuned(report.encoder, None, report.losses)  # type: ignore[arg-type]

@@ -128,12 +128,11 @@ class VRLwF(Tuner):
             tokens=tokens, weights=(self.image_weight, self.text_weight), temperature=self.temperature,
             per_step=self.per_step,
         )  # fmt: skip
-        report = run(
+        return run(
             start, shots.items, recipe, freeze=self.frozen, lr=self.lr, weight_decay=self.weight_decay,
             betas=(0.9, 0.999), eps=1e-8, steps=self.steps, batch_size=self.batch_size, clip=1.0, seed=self.seed,
             progress=progress,
         )  # fmt: skip
-        return Tuned(report.encoder, None, report.losses)  # type: ignore[arg-type]
 
 
 class ReplayRecipe(ClassRecipe):

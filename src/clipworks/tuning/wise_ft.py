@@ -109,4 +109,4 @@ class WiseFT(Tuner):
         soup = uniform_soup([{**m.encoder.state_dict(), "head": m.head} for m in members])  # type: ignore[dict-item]
         head, last = soup.pop("head"), members[-1]
         last.encoder.load_state_dict(soup)
-        return Tuned(last.encoder, head, last.losses)
+        return Tuned(last.encoder, last.losses, {"head.weight": head})
