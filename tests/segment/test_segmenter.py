@@ -20,9 +20,11 @@ class Colors(Dense):
     def words(self, words):
         return torch.eye(len(words), 3)
 
+    def features(self, hidden):
+        return torch.nn.functional.avg_pool2d(hidden.images, 4).permute(0, 2, 3, 1)
+
     def local(self, hidden, words):
-        means = torch.nn.functional.avg_pool2d(hidden.images, 4)
-        return torch.einsum("bchw,kc->bkhw", means.float(), words)
+        return torch.einsum("bhwc,kc->bkhw", self.features(hidden).float(), words)
 
     def objects(self, hidden):
         """The lower half."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ FOLDS = 5  # parts that good images are dealt out into; each is judged by what t
 HELD = 200  # images at most that the thresholds are set with
 
 
-class AnomalyDetector(OutlierMixin, BaseEstimator):
+class AnomalyDetector(OutlierMixin, BaseEstimator, ABC):
     """Base of the detectors. One defines `_describe` (pixels to features), `_learn` and `_judge` (features to maps).
 
     The thresholds are set with the good images themselves: each is judged without what its fold taught, and
@@ -135,16 +136,16 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
     def _begin(self) -> None:
         """Forget, and prepare what does not depend on images."""
 
+    @abstractmethod
     def _describe(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features of a batch, every value with the images in front."""
-        raise NotImplementedError
 
     def _learn(self, described: dict[str, torch.Tensor], fold: int) -> None:
         """Take in one good image."""
 
+    @abstractmethod
     def _judge(self, described: dict[str, torch.Tensor], without: int | None) -> tuple[torch.Tensor, Any]:
         """Maps (n, h, w), and scores (n,), or None for the maxima of the smoothed maps."""
-        raise NotImplementedError
 
     # -- what they share -----------------------------------------------------------------------------------------
 

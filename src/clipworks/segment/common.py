@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -98,7 +99,7 @@ def enter(
     return Hidden(visual, images, inputs, output.grid, output.prefix, patches, maps)
 
 
-class Dense:
+class Dense(ABC):
     """Base of the dense methods: from the input of the last blocks to a score for every patch and word.
 
     Attributes
@@ -111,11 +112,11 @@ class Dense:
     sides: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self) -> None:
-        pass
+        """A method has no settings unless it says so."""
 
+    @abstractmethod
     def features(self, hidden: Hidden) -> torch.Tensor:
         """A map (B, h, w, dim) in the joint space, not normalised."""
-        raise NotImplementedError
 
     def words(self, words: torch.Tensor) -> torch.Tensor:
         """Unit rows of the class words (K, dim), as this method wants them."""
