@@ -132,8 +132,7 @@ class CapSAdapter(Head):
         self.beta_, self.gamma_, self.delta_ = start(grids[0], 1.0), start(grids[2], 0.0), start(deltas, 0.5)
         choice = self._choice(shots.held)
         if len(choice.y):
-            own = shots.images[shots.testable] if shots.validation is None else None
-            mixed, likes = self._asked(*shots.held, own)
+            mixed, likes = self._asked(*shots.held, shots.held_images)
             self.delta_, self.beta_, self.gamma_ = choose(choice, deltas, mixed, likes, grids)
         return choice
 

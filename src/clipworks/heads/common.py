@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -43,7 +44,7 @@ class Shots:
     groups: np.ndarray
     validation: tuple[np.ndarray, np.ndarray] | None = None
 
-    @property
+    @cached_property
     def testable(self) -> np.ndarray:
         """Rows (as a mask) that can be left out: their class has another image."""
         return fold_numbers(self.y, self.groups, 2) >= 0
@@ -53,10 +54,15 @@ class Shots:
         """Vectors and class numbers of the images to choose on: validation, or the rows that can be left out."""
         return self.validation or (self.x[self.testable], self.y[self.testable])
 
-    @property
+    @cached_property
     def images(self) -> np.ndarray:
         """Number of every row's image: rows of one class and group share it."""
         return np.unique(np.stack([self.y, self.groups]), axis=1, return_inverse=True)[1].reshape(-1)
+
+    @property
+    def held_images(self) -> np.ndarray | None:
+        """The image of every row of `held` that is a shot itself, which its own image may not answer; else None."""
+        return self.images[self.testable] if self.validation is None else None
 
     def splits(self, folds: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Rows to train on, vectors and class numbers to choose on: the validation images, or one split per fold."""

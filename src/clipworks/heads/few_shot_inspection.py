@@ -76,9 +76,8 @@ class FewShotInspection(Head):
             check_range("temperature", self.temperature, 1e-9)
         self.rows_ = np.argsort(shots.y, kind="stable")
         self.shots_, self.owners_ = unit(shots.x)[self.rows_], shots.y[self.rows_]
-        own = (shots.images[shots.testable], shots.images[self.rows_]) if shots.validation is None else ()
         choice = self._choice(shots.held)
-        choice.offer(None, self._most(shots.held[0], *own)[0])
+        choice.offer(None, self._most(shots.held[0], shots.held_images, shots.images[self.rows_])[0])
         return choice
 
     def _take(self, choice: Choice) -> None:

@@ -84,8 +84,7 @@ class KNN(Head):
             check_range("k", self.k, 1, len(shots.y))
         self.shots_, self.owners_ = shots.x, shots.y
         tried = tuple(k for k in NEIGHBOURS if k < len(shots.y)) if self.k is None else (self.k,)
-        own = (shots.images[shots.testable], shots.images) if shots.validation is None else ()
-        choice, votes = self._choice(shots.held), self._votes(shots.held[0], tried, *own)
+        choice, votes = self._choice(shots.held), self._votes(shots.held[0], tried, shots.held_images, shots.images)
         for k, scores in zip(tried, votes, strict=True):
             choice.offer(k, scores)
         self.k_ = int(self.k or choice.setting or 1)

@@ -92,8 +92,8 @@ class SusX(Head):
         grids, cache = weight_grids(self), Cache.of(shots)
         self.keys_, self.owners_ = cache.keys, cache.owners
         self.beta_, self.gamma_ = start(grids[0], 1.0), start(grids[2], 0.0)
-        own = shots.images[shots.testable] if shots.validation is None else None
-        held, choice = list(cache.blocks(*shots.held, own, self.text_)), self._choice(shots.held)
+        held = list(cache.blocks(*shots.held, shots.held_images, self.text_))
+        choice = self._choice(shots.held)
         if held:
             likes = [likeness(part, self.keys_, self.text_, self.temperature) for part in held]
             _, self.beta_, self.gamma_ = choose(choice, (0.0,), lambda _: held, likes, grids)

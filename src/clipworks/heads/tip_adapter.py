@@ -110,9 +110,8 @@ class TipAdapter(Head):
                 part = Shots(shots.x[rows], shots.y[rows], shots.classes, shots.groups[rows])
                 held += self._cache(part).blocks(x, y, text=self.text_)
         else:
-            own = shots.images[shots.testable] if shots.validation is None else None
             choice = self._choice(shots.held)
-            held += cache.blocks(*shots.held, own, self.text_)
+            held += cache.blocks(*shots.held, shots.held_images, self.text_)
         self.keys_, self.owners_, self.beta_ = cache.keys, cache.owners, betas[0] if len(betas) == 1 else START[0]
         if held:
             self.beta_, alpha = search(held, betas, alphas)
