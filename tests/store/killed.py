@@ -12,7 +12,7 @@ import random
 import resource
 import signal
 import sys
-import time
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -27,33 +27,28 @@ from clipworks.store import embed as embedding
 from clipworks.store import journal, snapshot, writer
 
 DIED, NOTED = 77, 4
+LATER = 0.02  # seconds, about those of a commit: the kill may fall into it
 
 
-def child(plan: dict, prepare: Callable[[], None] = lambda: None) -> tuple[int, int]:
-    """Fork a run of `embed` and return its process and a pipe in which it tells that its work begins.
+def child(plan: dict, prepare: Callable[[], None] = lambda: None) -> int:
+    """Fork a run of `embed` and return its process.
 
     What it encodes is listed in `plan["log"]`, its error is written to `plan["error"]`.
     """
-    hears, tells = os.pipe()
     pid = os.fork()
     if pid:
-        os.close(tells)
-        return pid, hears
+        return pid
     code = 1
     try:
         prepare()
-        work, encode = embedding._Run.all, embedding._Run._encode
-
-        def told(run: embedding._Run, *given: object) -> None:
-            os.write(tells, b"!")
-            work(run, *given)
+        encode = embedding._Run._encode
 
         def counted(run: embedding._Run, batch: object) -> None:
             encode(run, batch)
             with open(plan["log"], "a") as log:
                 log.write("".join(f"{key}\n" for key in batch.keys))
 
-        embedding._Run.all, embedding._Run._encode = told, counted
+        embedding._Run._encode = counted
         sizes = {"batch_size": plan["batch"], "commit_every": plan["commit"]}
         made = embedding.embed(plan["photos"], plan["out"], encoder=MODEL, workers=1, **sizes)
         code = NOTED if made.notes else 0
@@ -67,35 +62,43 @@ def child(plan: dict, prepare: Callable[[], None] = lambda: None) -> tuple[int, 
         os._exit(code)
 
 
-def ended(pid: int) -> int:
-    """Exit code of a child; negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def run(plan: dict, prepare: Callable[[], None] = lambda: None) -> int:
-    """A run that nobody kills."""
-    pid, hears = child(plan, prepare)
-    os.close(hears)
-    return ended(pid)
+    """Exit code of a run; negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child(plan, prepare), 0)[1])
 
 
 def killed(plan: dict) -> dict:
     """Kill runs at random moments, most of them in their work, then let one finish."""
-    pid, hears = child(plan | {"out": plan["out"] + ".whole", "log": os.devnull})
-    os.read(hears, 1)
-    started = time.perf_counter()
-    ended(pid)
-    longest = (time.perf_counter() - started) * plan["share"]
+    run(plan | {"out": plan["out"] + ".whole", "log": os.devnull})
     draw, kills = random.Random(plan["seed"]), 0
     for number in range(plan["kills"]):
-        pid, hears = child(plan)
-        if number % 8:  # every eighth is killed while it starts
-            os.read(hears, 1)  # nothing comes if it has ended
-        time.sleep(draw.uniform(0.0, longest))
-        os.kill(pid, signal.SIGKILL)
-        kills += ended(pid) == -signal.SIGKILL
-        os.close(hears)
+        images = draw.randint(1, plan["most"]) if number % 8 else 0  # every eighth is killed while it starts
+        kills += run(plan, kill_after(images, draw.uniform(0.0, LATER))) == -signal.SIGKILL
     return {"kills": kills, "code": run(plan)}
+
+
+def kill_after(images: int, seconds: float) -> Callable[[], None]:
+    """Let the process be killed some seconds after it has encoded so many images; never, if it has fewer to do.
+
+    It is a thread of the process that does it: a machine with other work holds up both or none.
+    """
+
+    def prepare() -> None:
+        encode, done = embedding._Run._encode, [0]
+        kill = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        kill.daemon = True
+
+        def hook(run: embedding._Run, batch: object) -> None:
+            encode(run, batch)
+            done[0] += len(batch)
+            if 0 < images <= done[0] and kill.ident is None:
+                kill.start()
+
+        embedding._Run._encode = hook
+        if not images:
+            kill.start()
+
+    return prepare
 
 
 def dies(place: object, name: str, after: int, before: bool = True) -> Callable[[], None]:

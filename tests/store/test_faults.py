@@ -68,11 +68,11 @@ def finish(uninterrupted, tmp_path):
 
 
 def killings(warm, photos, tmp_path, count, kills, share):
-    """Kill runs over `count` photos `kills` times, each after at most a `share` of the time of a whole run.
+    """Kill runs over `count` photos `kills` times, each after at most a `share` of the images is encoded.
 
     Returns how many images were encoded once more than needed.
     """
-    plan = plan_of(photos, tmp_path, kind="killed", kills=kills, share=share, seed=0)
+    plan = plan_of(photos, tmp_path, kind="killed", kills=kills, most=round(share * count), seed=0)
     found = warm(**plan)
     assert found["code"] == 0
     assert found["kills"] > kills / 2  # the others had ended
