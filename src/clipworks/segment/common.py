@@ -111,9 +111,6 @@ class Dense(ABC):
     blocks: int = 1
     sides: ClassVar[tuple[int, ...]] = ()
 
-    def __init__(self) -> None:
-        """A method has no settings unless it says so."""
-
     @abstractmethod
     def features(self, hidden: Hidden) -> torch.Tensor:
         """A map (B, h, w, dim) in the joint space, not normalised."""

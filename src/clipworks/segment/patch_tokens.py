@@ -48,6 +48,9 @@ class PatchTokens(Dense):
     torch.Size([1, 4, 6, 8])
     """
 
+    def __init__(self) -> None:
+        """There is nothing to set."""
+
     def features(self, hidden: Hidden) -> torch.Tensor:
         """A map (B, h, w, dim), not normalised."""
         return hidden.project(hidden.finish(hidden.attend(None)))
