@@ -35,12 +35,12 @@ from sklearn.utils.validation import check_is_fitted
 from ..errors import ClipworksError, check_range
 from ..heads.common import class_numbers, softmax
 from ..progress import Progress
-from ..training.augment import Augment
+from ..training.augment import AUGMENTS, Augment
 from ..training.gradcache import cached_backward
 from ..training.schedule import learning_rate
 from ..zeroshot.classifier import check_names
 from .files import read_learned, write_learned
-from .kept import CROPS, Kept, keep_images
+from .kept import Kept, keep_images
 from .parts import frozen, need_tokens
 from .words import Sentences
 
@@ -62,7 +62,7 @@ class PromptMethod(ClassifierMixin, BaseEstimator, ABC):
 
     keeps: ClassVar[str] = "features"
     per_image: ClassVar[bool] = False
-    crops: ClassVar[Augment] = CROPS
+    crops: ClassVar[Augment] = AUGMENTS["crop"]  # type: ignore[assignment]
     momentum: ClassVar[float] = 0.9
     weight_decay: ClassVar[float] = 5e-4
 

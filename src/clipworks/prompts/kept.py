@@ -20,7 +20,6 @@ from ..types import Features
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
 
-CROPS = Augment(scale=(0.08, 1.0), flip=0.5)  # CoOp's and TPT's views
 BATCH = 32
 
 
@@ -56,7 +55,7 @@ Look = Callable[..., dict[str, torch.Tensor]]
 
 
 def keep_images(
-    images: Any, encoder: Encoder, look: Look, keeps: str, views: int, seed: int, crops: Augment = CROPS
+    images: Any, encoder: Encoder, look: Look, keeps: str, views: int, seed: int, crops: Augment
 ) -> Kept:
     """Bring images in any form to what a method keeps of them.
 

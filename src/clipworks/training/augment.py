@@ -89,9 +89,11 @@ class Augment:
         return image
 
 
-# "light" is open_clip's, "standard" CLIP's view in SLIP with a flip, "strong" SLIP's and CLIP-rocket's
+# "crop" is the view of few-shot training (CoOp's protocol, TPT), "light" open_clip's, "standard" CLIP's in SLIP with a
+# flip, "strong" SLIP's and CLIP-rocket's
 AUGMENTS: dict[str, Augment | None] = {
     "none": None,
+    "crop": Augment(scale=(0.08, 1.0), flip=0.5),
     "light": Augment(),
     "standard": Augment(scale=(0.5, 1.0), flip=0.5),
     "strong": Augment(scale=(0.08, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2, blur=0.5),
@@ -99,7 +101,7 @@ AUGMENTS: dict[str, Augment | None] = {
 
 
 def resolve_augment(augment: str | Augment | None) -> Augment | None:
-    """Return an `Augment` from a name ("none", "light", "standard", "strong"), an `Augment` or None."""
+    """Return an `Augment` from a name ("none", "crop", "light", "standard", "strong"), an `Augment` or None."""
     if augment is None or isinstance(augment, Augment):
         return augment
     return AUGMENTS[check_choice("augment", augment, AUGMENTS)]

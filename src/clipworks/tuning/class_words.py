@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..training.augment import Augment
+from ..training.augment import Augment, resolve_augment
 from ..training.recipe import ContrastiveRecipe
 from ..zeroshot.templates import resolve_templates
-from .common import Tuned, few_shot_augment, run
+from .common import Tuned, run
 
 if TYPE_CHECKING:
     from ..data.item import Item
@@ -31,7 +31,7 @@ def few_shot_steps(method: Any, start: Encoder, shots: Shots, progress: bool | N
     method : a `Tuner` with `templates`, `augment`, `lr`, `weight_decay`, `steps_per_shot`, `batch_size` and `seed`
     start, shots, progress : as `Tuner._train` is given them
     """
-    recipe = ClassRecipe(shots.table or {}, method.templates, few_shot_augment(method.augment))
+    recipe = ClassRecipe(shots.table or {}, method.templates, resolve_augment(method.augment))
     return run(
         start, shots.items, recipe, freeze=method.frozen, steps=shots.steps(method.steps_per_shot), lr=method.lr,
         weight_decay=method.weight_decay, betas=(0.9, 0.999), eps=1e-8, warmup=0, end_lr=min(1e-6, method.lr),

@@ -20,7 +20,8 @@ from typing import Any
 from ..encoders.encoder import Encoder
 from ..pretraining.clip_refine import RefineRecipe
 from ..registry import method
-from .common import TEMPLATE, Tuned, Tuner, few_shot_augment, run
+from ..training.augment import resolve_augment
+from .common import TEMPLATE, Tuned, Tuner, run
 from .shots import Shots
 
 
@@ -98,7 +99,7 @@ class CLIPRefine(Tuner):
     def _train(self, start: Encoder, shots: Shots, progress: bool | None) -> Tuned:
         recipe = RefineRecipe(
             self.true_share, self.temperature, self.alignment, self.distillation, self.normalise,
-            few_shot_augment(self.augment),
+            resolve_augment(self.augment),
         )  # fmt: skip
         return run(
             start, shots.captioned(self.templates, self.seed), recipe, freeze=self.frozen, lr=self.lr,

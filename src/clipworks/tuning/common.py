@@ -39,7 +39,7 @@ from ..encoders.encoder import Encoder
 from ..encoders.loading import load as load_encoder
 from ..errors import BadWeights, ClipworksError, check_choice, check_range
 from ..heads.common import softmax
-from ..training.augment import AUGMENTS, Augment, resolve_augment
+from ..training.augment import resolve_augment
 from ..training.finetune import ClassifierRecipe
 from ..training.loop import train
 from ..training.optim import freeze
@@ -54,7 +54,6 @@ ALPHAS = tuple(step / 10 for step in range(11))  # shares of the change to choos
 PARTS = {"q": "attention.q", "k": "attention.k", "v": "attention.v", "o": "attention.out", "up": "mlp.up",
          "down": "mlp.down"}  # fmt: skip
 TOWERS = {"both": ("visual", "text"), "vision": ("visual",), "text": ("text",)}
-CROP = Augment(scale=(0.08, 1.0), flip=0.5)
 T = TypeVar("T", bound="Tuner")
 
 
@@ -307,12 +306,7 @@ def run_head(start: Encoder, items: Sequence[Item], table: Mapping[str, str], he
     head : rows to begin with, (C, dim)
     augment : name of the views
     """
-    return run(start, items, ClassifierRecipe(list(table), head, few_shot_augment(augment)), **options)
-
-
-def few_shot_augment(name: str) -> Augment | None:
-    """Return a view by name: "crop" for the usual one of few-shot training (CoOp's protocol), or those of `augment`."""
-    return CROP if name == "crop" else resolve_augment(check_choice("augment", name, ("crop", *AUGMENTS)))
+    return run(start, items, ClassifierRecipe(list(table), head, resolve_augment(augment)), **options)
 
 
 def only(*patterns: str) -> tuple[str, ...]:

@@ -19,9 +19,10 @@ from typing import Any
 
 from ..encoders.encoder import Encoder
 from ..registry import method
+from ..training.augment import resolve_augment
 from ..training.finetune import SentenceRecipe
 from ..zeroshot.templates import resolve_templates
-from .common import TEMPLATE, Tuned, Tuner, few_shot_augment, run
+from .common import TEMPLATE, Tuned, Tuner, run
 from .shots import Shots
 
 
@@ -90,7 +91,7 @@ class FLYP(Tuner):
         self.epochs, self.batch_size, self.augment, self.alpha, self.seed = epochs, batch_size, augment, alpha, seed
 
     def _train(self, start: Encoder, shots: Shots, progress: bool | None) -> Tuned:
-        recipe = SentenceRecipe(shots.table, resolve_templates(self.templates), few_shot_augment(self.augment))
+        recipe = SentenceRecipe(shots.table, resolve_templates(self.templates), resolve_augment(self.augment))
         return run(
             start, shots.items, recipe, freeze=self.frozen, lr=self.lr, weight_decay=self.weight_decay,
             epochs=self.epochs, batch_size=self.batch_size, clip=1.0, seed=self.seed, progress=progress,

@@ -30,9 +30,9 @@ from ..errors import ClipworksError, check_range
 from ..losses.infonce import infonce
 from ..pretraining.parts import ModuleRecipe
 from ..registry import method
-from ..training.augment import Augment
+from ..training.augment import Augment, resolve_augment
 from ..training.recipe import ContrastiveRecipe, contrast
-from .common import TEMPLATE, Tuned, Tuner, few_shot_augment, run
+from .common import TEMPLATE, Tuned, Tuner, run
 from .shots import Shots
 
 
@@ -117,7 +117,7 @@ class LongCLIP(Tuner):
     def _train(self, start: Encoder, shots: Shots, progress: bool | None) -> Tuned:
         check_range("components", self.components, 1)
         check_range("smoothing", self.smoothing, 0, 1)
-        recipe = LongRecipe(self.keep, self.components, self.smoothing, few_shot_augment(self.augment))
+        recipe = LongRecipe(self.keep, self.components, self.smoothing, resolve_augment(self.augment))
         tuned = run(
             start, shots.captioned(self.templates, self.seed), recipe, freeze=self.frozen, lr=self.lr,
             weight_decay=self.weight_decay, betas=(0.9, 0.999), eps=1e-8, warmup=self.warmup, epochs=self.epochs,

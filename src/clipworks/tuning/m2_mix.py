@@ -19,7 +19,8 @@ from typing import Any
 from ..encoders.encoder import Encoder
 from ..pretraining.m2_mix import M2MixRecipe
 from ..registry import method
-from .common import TEMPLATE, Tuned, Tuner, few_shot_augment, run
+from ..training.augment import resolve_augment
+from .common import TEMPLATE, Tuned, Tuner, run
 from .shots import Shots
 
 
@@ -104,7 +105,7 @@ class M2Mix(Tuner):
         epoch = max(1, len(items) // min(max(1, self.batch_size), len(items)))
         recipe = M2MixRecipe(
             self.weight, self.beta, self.beta, self.temperature, self.images, self.texts, self.both,
-            epoch if self.fading else None, few_shot_augment(self.augment),
+            epoch if self.fading else None, resolve_augment(self.augment),
         )  # fmt: skip
         return run(
             start, items, recipe, freeze=self.frozen, lr=self.lr, weight_decay=self.weight_decay, clip=1.0,

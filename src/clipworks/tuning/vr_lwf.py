@@ -30,8 +30,9 @@ from ..encoders.encoder import Encoder
 from ..errors import ClipworksError, check_range
 from ..losses.relation_distillation import divergence
 from ..registry import method
+from ..training.augment import resolve_augment
 from .class_words import ClassRecipe
-from .common import TEMPLATE, Tuned, Tuner, few_shot_augment, resolve_encoder, run
+from .common import TEMPLATE, Tuned, Tuner, resolve_encoder, run
 from .shots import Shots
 
 
@@ -124,7 +125,7 @@ class VRLwF(Tuner):
             tokens = start.tokenize(list(self.sentences))
         teacher = start if self.teacher is None else resolve_encoder(self.teacher)
         recipe = ReplayRecipe(
-            shots.table or {}, self.templates, few_shot_augment(self.augment), self.smoothing, teacher=teacher,
+            shots.table or {}, self.templates, resolve_augment(self.augment), self.smoothing, teacher=teacher,
             tokens=tokens, weights=(self.image_weight, self.text_weight), temperature=self.temperature,
             per_step=self.per_step,
         )  # fmt: skip
