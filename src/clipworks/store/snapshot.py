@@ -6,9 +6,6 @@ are sorted by key, so that results do not depend on the order in which rows came
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -20,12 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import CollectionError
-from .journal import TABLE, newest_manifest, sha256, sync
-from .lock import take
+from . import derived
+from .journal import TABLE, newest_manifest
 from .table import SNAPSHOT, bad_rows, damaged, open_table, read_meta, scan, translated, vectors_of
 
-ROWS, VECTORS, FACTS = "rows.arrow", "vectors.npy", "facts.json"
-MAKING, MAKER = ".making-", "maker.lock"
+ROWS, VECTORS = "rows.arrow", "vectors.npy"
 
 
 @dataclass
@@ -65,9 +61,7 @@ def current(path: Path) -> Snapshot:
 def read(folder: Path, version: str, path: Path) -> Snapshot | None:
     """The snapshot in a folder, or None if it is not there or not whole."""
     try:
-        facts = _facts(folder)
-        if any((folder / name).stat().st_size != size for name, (size, _) in facts["files"].items()):
-            return None
+        facts = derived.read_facts(folder)
         table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
         vectors = np.load(folder / VECTORS, mmap_mode="r" if table.num_rows else None, allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
@@ -88,35 +82,11 @@ def _make(path: Path, version: str) -> Snapshot | None:
 
 
 def _make_in(place: Path, path: Path, version: str) -> Snapshot | None:
-    folder, target = Path(tempfile.mkdtemp(prefix=MAKING, dir=place)), place / Path(version).stem
-    try:
-        with open(folder / MAKER, "wb") as stream:  # shows the others that this folder's maker lives
-            take(stream)
-            if not _write(path, folder, version):
-                return None
-        if target.exists():
-            shutil.rmtree(target, ignore_errors=True)  # it was not whole, or another reader was faster
-        with contextlib.suppress(OSError):  # another reader was faster
-            os.rename(folder, target)
-        (target / MAKER).unlink(missing_ok=True)
-        sync(place)
-        for old in place.iterdir():
-            if old.name not in (target.name, folder.name) and not _in_work(old):
-                shutil.rmtree(old, ignore_errors=True)
-        return read(target, version, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _in_work(folder: Path) -> bool:
-    """Whether a reader is writing a snapshot there now; one that was killed has left its folder behind."""
-    if not folder.name.startswith(MAKING):
-        return False
-    try:
-        with open(folder / MAKER, "r+b") as stream:
-            return not take(stream)
-    except OSError:
-        return True  # just begun
+    target = place / Path(version).stem
+    if not derived.make(place, target, lambda folder: _write(path, folder, version)):
+        return None
+    derived.clear(old for old in place.iterdir() if old.name != target.name)
+    return read(target, version, path)
 
 
 def _write(path: Path, folder: Path, version: str) -> bool:
@@ -155,11 +125,7 @@ def _write(path: Path, folder: Path, version: str) -> bool:
     plain = plain.take(pa.array(order)).combine_chunks().replace_schema_metadata(schema.metadata)
     with pa.OSFile(str(folder / ROWS), "wb") as stream, pa.ipc.new_file(stream, plain.schema) as writer:
         writer.write_table(plain)
-    files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in (ROWS, VECTORS)}
-    text = json.dumps({"files": files, "norm": norm})
-    (folder / FACTS).write_text(f"{text}\n{_digest(text)}\n", encoding="utf-8")
-    for name in (ROWS, VECTORS, FACTS):
-        sync(folder / name)
+    derived.seal(folder, (ROWS, VECTORS), norm=norm)
     return True
 
 
@@ -170,34 +136,11 @@ def _reserve(path: Path) -> None:
             os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    """What is recorded of a snapshot; `ValueError` if it does not match its own checksum, in the line below it."""
-    text, _, digest = (folder / FACTS).read_text(encoding="utf-8").partition("\n")
-    if digest.strip() != _digest(text):
-        raise ValueError("it does not match its own checksum")
-    return json.loads(text)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def damage(path: Path) -> dict[str, str]:
     """Parts of the present snapshot that do not match their checksums."""
-    version = newest_manifest(path)
-    folder = path / SNAPSHOT / Path(version or "none").stem
-    if not folder.exists():
-        return {}
-    place = f"{SNAPSHOT}/{folder.name}"
-    try:
-        facts = _facts(folder)
-        return {
-            f"{place}/{name}": "does not match its checksum"
-            for name, (size, digest) in facts["files"].items()
-            if (folder / name).stat().st_size != size or sha256(folder / name) != digest
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {place: f"cannot be read ({error})"}
+    folder = path / SNAPSHOT / Path(newest_manifest(path) or "none").stem
+    found = derived.damage(folder) if folder.exists() else {}
+    return {f"{SNAPSHOT}/{name}": reason for name, reason in found.items()}
 
 
 def discard(path: Path) -> None:
