@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ClipworksError, check_choice
 from .item import Item, text_key
+from .regions import COLUMN
 from .sources import Source, modified
 
 IMAGE_SUFFIXES = (
@@ -89,7 +90,7 @@ class FolderSource(Source):
 
 
 def read_json(data: bytes) -> tuple[str | None, str | None, dict[str, Any]]:
-    """Caption, label and the other plain values of a JSON sidecar; nothing if it is not a JSON object."""
+    """Caption, label, other plain values and regions of a JSON sidecar; nothing if it is not a JSON object."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):
@@ -97,6 +98,8 @@ def read_json(data: bytes) -> tuple[str | None, str | None, dict[str, Any]]:
     if not isinstance(fields, dict):
         return None, None, {}
     plain = {k: v for k, v in fields.items() if isinstance(v, (str, int, float, bool))}
+    if isinstance(fields.get(COLUMN), list):  # boxes with words, as the text that every table can hold
+        plain[COLUMN] = json.dumps(fields[COLUMN])
     columns = {k: v for k, v in plain.items() if k not in ("caption", "label")}
     caption, label = fields.get("caption"), fields.get("label")
     return caption if isinstance(caption, str) else None, None if label is None else str(label), columns

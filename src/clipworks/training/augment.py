@@ -47,9 +47,16 @@ class Augment:
         self, image: Image.Image, size: int, rng: np.random.Generator, resample: str = "bicubic"
     ) -> Image.Image:
         """Return a view of `size` x `size` pixels."""
+        return self.placed(image, size, rng, resample)[0]
+
+    def placed(
+        self, image: Image.Image, size: int, rng: np.random.Generator, resample: str = "bicubic"
+    ) -> tuple[Image.Image, tuple[int, int, int, int], bool]:
+        """Return a view, the crop of the image that it shows (left, top, right, bottom), and whether it is mirrored."""
         box = self.box(image.width, image.height, rng)
         image = image.resize((size, size), Image.Resampling[resample.upper()], box=box)
-        if rng.random() < self.flip:
+        mirrored = bool(rng.random() < self.flip)
+        if mirrored:
             image = ImageOps.mirror(image)
         if rng.random() < self.jitter_p:
             image = self._colour(image, rng)
@@ -57,7 +64,7 @@ class Augment:
             image = image.convert("L").convert("RGB")
         if rng.random() < self.blur:
             image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
-        return image
+        return image, box, mirrored
 
     def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Draw a crop (left, top, right, bottom); after ten misses, the largest centred one of allowed shape."""
