@@ -175,6 +175,18 @@ def test_frozen_parts_stay_bit_equal(tmp_path):
         assert torch.equal(value, after[name]) == frozen, name
 
 
+def test_a_rate_of_zero_keeps_a_part_and_a_tenth_moves_it_a_tenth_as_far(tmp_path):
+    """The first step of Adam is as long as the rate, whatever the gradient."""
+    still = _train(tmp_path / "still", rates={"text.*": 0.0}, steps=2, weight_decay=0.0)
+    assert all(torch.equal(v, weights(still.encoder)[n]) == n.startswith("text.") for n, v in weights(tiny()).items())
+    moved = {}
+    for name, rates in (("whole", None), ("tenth", {"visual.*": 0.1})):
+        report = _train(tmp_path / name, rates=rates, steps=1, weight_decay=0.0, warmup=0)
+        moved[name] = {n: (weights(report.encoder)[n] - v).abs().max().item() for n, v in weights(tiny()).items()}
+    for name, far in moved["whole"].items():
+        assert moved["tenth"][name] == pytest.approx(far * (0.1 if name.startswith("visual.") else 1), rel=0.02), name
+
+
 def test_moving_average_is_saved_beside(tmp_path):
     from safetensors.torch import load_file
 

@@ -50,6 +50,20 @@ def test_layer_decay_counts_from_the_top_of_each_tower():
     assert found["visual.projection.weight"] == found["log_scale"] == 1.0
 
 
+def test_rates_by_pattern():
+    module = Names()
+    found = _flat(parameter_groups(module.named_parameters(), layer_decay=0.5, rates={"*": 3.0, "visual.*": 0.1}))
+    plain = _flat(parameter_groups(module.named_parameters(), layer_decay=0.5))
+    for name, (decay, scale) in found.items():
+        assert decay == plain[name][0]
+        assert scale == pytest.approx(plain[name][1] * (0.1 if name.startswith("visual.") else 3.0)), name
+    for argument in ({"rates": {"visul.*": 1.0}}, {"no_decay": ["visul.*"]}):
+        with pytest.raises(ClipworksError, match=r"must match parameters that learn. Nothing matches 'visul"):
+            parameter_groups(module.named_parameters(), **argument)
+    with pytest.raises(ClipworksError, match="rates"):
+        parameter_groups(module.named_parameters(), rates={"*": -1.0})
+
+
 def test_freeze_by_pattern():
     module = Names()
     frozen = freeze(module, ["text.*", "visual.blocks.[01].*"])

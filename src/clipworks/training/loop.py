@@ -102,6 +102,8 @@ def train(
     ema: float | None = None,
     freeze: Sequence[str] = (),
     layer_decay: float | None = None,
+    rates: Mapping[str, float] | None = None,
+    no_decay: Sequence[str] = (),
     augment: str | Augment = "light",
     validation: str | Any = None,
     names: Sequence[str] | Mapping[str, str] | None = None,
@@ -146,6 +148,8 @@ def train(
     ema : decay of a moving average of the weights, saved as ema.safetensors (0.999 for short runs)
     freeze : shell patterns of parameters that do not learn, for example "text.*"
     layer_decay : factor on the learning rate per layer towards the input (fine-tuning: 0.75)
+    rates : shell pattern of parameters -> factor on their learning rate, for example {"visual.*": 0.1}
+    no_decay : shell patterns of further parameters without weight decay
     augment : views, of a named recipe too unless it has its own: "none", "light" (crop of 90 % and more), "standard"
         (50 %, flip), "strong"
     validation : set evaluated at the start and during training: labels give zero-shot accuracy, captions recall
@@ -185,7 +189,7 @@ def train(
     recipe = resolve_recipe(recipe, loss, resolve_augment(augment))
     items = open_pairs(data) if getattr(recipe, "captions", True) else open_items(data)
     probe = None if validation is None else Probe.open(validation, names, templates)
-    order = Order(len(items), batch_size, seed)
+    order = getattr(recipe, "order", Order)(len(items), batch_size, seed)
     total = order.steps_per_epoch * epochs if steps is None else int(check_range("steps", steps, 1))
     split = bool(getattr(recipe, "split", False))
     if micro_batch is not None and not split:
@@ -195,13 +199,14 @@ def train(
         run = Run(
             accelerator, resolve_model(model, seed), recipe, None if out is None else Path(out),
             precision=precision, distributed=distributed, freeze=freeze, lr=lr, weight_decay=weight_decay,
-            layer_decay=layer_decay, betas=betas, eps=eps, ema=ema, pool=pool,
+            layer_decay=layer_decay, betas=betas, eps=eps, ema=ema, pool=pool, rates=rates, no_decay=no_decay,
         )  # fmt: skip
         settings = {
             "recipe": type(recipe).__name__, **getattr(recipe, "settings", {}), "total": total,
             "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule,
             "end_lr": end_lr, "clip": clip, "precision": precision, "ema": ema, "freeze": list(freeze),
-            "layer_decay": layer_decay, "seed": seed, "data": data_digest(items),
+            "layer_decay": layer_decay, "seed": seed, "data": data_digest(items), "rates": dict(rates or {}),
+            "no_decay": list(no_decay),
         }  # fmt: skip
         first = run.resume(settings, resume)
         feed = Feed(items, order, recipe, rank(), processes(), on_error)

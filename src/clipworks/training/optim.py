@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def parameter_groups(
     weight_decay: float = 0.2,
     layer_decay: float | None = None,
     no_decay: Sequence[str] = (),
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Return optimizer groups: decay for matrices only, and learning rates that shrink towards the input.
 
@@ -75,21 +76,36 @@ def parameter_groups(
     weight_decay : of parameters with two or more dimensions; norms, biases, class token, scale get none
     layer_decay : factor per layer; the last block and everything above it learn at the full rate, block i of L at
         `layer_decay ** (L - 1 - i)`, patch and token embeddings at `layer_decay ** L`
-    no_decay : further names (shell patterns) without weight decay
+    no_decay : further names (shell patterns, as in `freeze`) without weight decay
+    rates : shell pattern -> factor on the learning rate; of several that match the last one holds
 
     Returns
     -------
     list of dicts with `params`, `names`, `weight_decay` and `lr_scale`, in a stable order
+
+    Raises
+    ------
+    ClipworksError
+        If a pattern of `rates` or `no_decay` matches nothing that learns.
     """
     check_range("weight_decay", weight_decay, 0)
     if layer_decay is not None:
         check_range("layer_decay", layer_decay, 0, 1)
     learning = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    names = [name.removeprefix("encoder.") for name, _ in learning]
+    for argument, patterns in (("no_decay", no_decay), ("rates", rates or {})):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ClipworksError(f"{argument} must match parameters that learn. Nothing matches {pattern!r}."
+                                     f"{closest(pattern, names)}")  # fmt: skip
+    factors = [(pattern, check_range(f"rates[{pattern!r}]", factor, 0)) for pattern, factor in (rates or {}).items()]
+    factors.reverse()
     depths = _depths(name for name, _ in learning)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in learning:
-        plain = parameter.ndim < 2 or any(fnmatch.fnmatch(name, p) for p in no_decay)
+    for short, (name, parameter) in zip(names, learning, strict=True):
+        plain = parameter.ndim < 2 or any(fnmatch.fnmatch(short, p) for p in no_decay)
         scale = 1.0 if layer_decay is None else layer_decay ** depths[name]
+        scale *= next((factor for pattern, factor in factors if fnmatch.fnmatch(short, pattern)), 1.0)
         decay = 0.0 if plain else weight_decay
         group = groups.setdefault((scale, decay), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)

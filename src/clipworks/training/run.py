@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +75,7 @@ class Run:
     encoder : where training starts
     recipe : what a step does
     out : folder of the run; None writes nothing
-    precision, distributed, freeze, lr, weight_decay, layer_decay, betas, eps, ema : as in `train`
+    precision, distributed, freeze, lr, weight_decay, layer_decay, betas, eps, ema, rates, no_decay : as in `train`
     pool : decoding threads
 
     Attributes
@@ -103,6 +103,8 @@ class Run:
         eps: float | None,
         ema: float | None,
         pool: Executor | None,
+        rates: Mapping[str, float] | None = None,
+        no_decay: Sequence[str] = (),
     ):
         self.out, self.recipe, self.encoder = out, recipe, encoder
         self.device = accelerator.device
@@ -117,7 +119,8 @@ class Run:
         self.model = shard(towers) if self.sharded else accelerator.prepare_model(towers)
         self.towers = bare(self.model)
         usual, tiny = BETAS["resnet" if encoder.config.vision.kind == "resnet" else "vit"]
-        groups = parameter_groups(self.towers.named_parameters(), weight_decay=weight_decay, layer_decay=layer_decay)
+        groups = parameter_groups(self.towers.named_parameters(), weight_decay=weight_decay, layer_decay=layer_decay,
+                                  rates=rates, no_decay=no_decay)  # fmt: skip
         first, second = betas or usual
         self.optimizer = adamw(groups, lr=lr, betas=(first, second), eps=tiny if eps is None else eps)
         self.learning = [p for group in self.optimizer.param_groups for p in group["params"]]
