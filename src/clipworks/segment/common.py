@@ -5,13 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from ..encoders.layers import Rule
 from ..errors import ClipworksError
+from ..zeroshot.classifier import class_vectors
+
+if TYPE_CHECKING:
+    from ..encoders.encoder import Encoder
 
 
 @dataclass
@@ -118,6 +122,20 @@ class Dense(ABC):
     def words(self, words: torch.Tensor) -> torch.Tensor:
         """Unit rows of the class words (K, dim), as this method wants them."""
         return words
+
+    def tower(self, encoder: str | Encoder | None) -> Encoder:
+        """The encoder that images and words go through: the one asked for, by default the bundled one."""
+        from ..encoders.loading import load
+
+        return load() if encoder is None else load(encoder) if isinstance(encoder, str) else encoder
+
+    def class_words(self, names: Sequence[str], encoder: Encoder, templates: str | Sequence[str]) -> torch.Tensor:
+        """What `local` is given for names: a row for each."""
+        return self.words(class_vectors(names, encoder, templates=templates))
+
+    def probabilities(self, scores: torch.Tensor, scale: float) -> torch.Tensor:
+        """Probabilities of scores (K, h, w), by default cosines."""
+        return (scale * scores).softmax(0)
 
     def local(self, hidden: Hidden, words: torch.Tensor) -> torch.Tensor:
         """What is averaged where windows overlap: (B, channels, h, w), by default the cosines with the words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from ..data.decode import decode_pixels, describe
 from ..encoders.preprocess import _resize
 from ..errors import ClipworksError, check_choice, check_range
-from ..zeroshot.classifier import check_names, class_vectors
+from ..zeroshot.classifier import check_names
 from .background import SURE, background_threshold, background_words
 from .common import Dense, Hidden, enter, interpolation, resample
 from .mask import BACKGROUND, Mask
@@ -32,7 +33,7 @@ def segment(
     image: Any,
     names: Sequence[str] | Mapping[str, Sequence[str]],
     *,
-    method: str | Dense = "sclip",
+    method: str | os.PathLike | Dense = "sclip",
     encoder: str | Encoder | None = None,
     templates: str | Sequence[str] = "default",
     background: str | float | Sequence[str] | None = None,
@@ -51,8 +52,9 @@ def segment(
     ----------
     image : path, bytes, PIL image or uint8 array (H, W, 3), of any size
     names : what may be seen, in words; or name -> several words for it, of which a pixel takes the best
-    method : registered dense method (`clipworks methods segment`), or one with settings of its own
-    encoder : a name, a path or an encoder (default: the bundled one)
+    method : registered dense method (`clipworks methods segment`), or one with settings of its own; of a method that
+        is trained, the fitted object or the .safetensors file that it was saved to
+    encoder : a name, a path or an encoder (default: the bundled one, or the one that the method was trained on)
     templates : sentences for the words, as for `classify`
     background : how a pixel can be none of the names: a number (probability that a name must reach), "words" (further
         words such as sky and wall, or your own list), "objects" (parts of the image that are no object); None for
@@ -111,7 +113,7 @@ class Segmenter:
         self,
         names: Sequence[str] | Mapping[str, Sequence[str]],
         *,
-        method: str | Dense = "sclip",
+        method: str | os.PathLike | Dense = "sclip",
         encoder: str | Encoder | None = None,
         templates: str | Sequence[str] = "default",
         background: str | float | Sequence[str] | None = None,
@@ -124,10 +126,8 @@ class Segmenter:
         memory: bool = True,
         batch_size: int = 8,
     ):
-        from ..encoders.loading import load
-
         self.background = background_threshold(background)
-        self.method = dense_method(method)
+        self.method = dense_method(method, encoder)
         self.refine = _refinement(refine)
         self.scale = check_range("scale", scale, 0)
         self.smallest = check_range("smallest", smallest, 0, 1)
@@ -135,7 +135,7 @@ class Segmenter:
         self.names = check_names(synonyms)
         if background is not None and BACKGROUND in self.names:
             raise ClipworksError(f"names must not hold {BACKGROUND!r} where background= is given.")
-        model: Any = load() if encoder is None else load(encoder) if isinstance(encoder, str) else encoder
+        model: Any = self.method.tower(encoder)
         self.encoder, self.memory, self.batch_size = model, memory, batch_size
         self.patch = model.config.vision.patch_size
         usual = 2 * model.image_size
@@ -150,7 +150,7 @@ class Segmenter:
         if background is not None:
             self.names, self.owner = [BACKGROUND, *self.names], [i + 1 for i in self.owner]
         distinct = list(dict.fromkeys(words))
-        rows = self.method.words(class_vectors(distinct, model, templates=templates))
+        rows = self.method.class_words(distinct, model, templates)
         self.words = rows[[distinct.index(word) for word in words]].to(model.device)
 
     def _whole(self, length: float) -> int:
@@ -207,8 +207,8 @@ class Segmenter:
         down = interpolation(height, scores.shape[1], span[0])[rows]
         right = interpolation(width, scores.shape[2], span[1])
         if self.background is None or -torch.inf != float(scores[0].max()):
-            return (self.scale * resample(scores, down, right)).softmax(0)
-        found = (self.scale * resample(scores[1:], down, right)).softmax(0)
+            return self.method.probabilities(resample(scores, down, right), self.scale)
+        found = self.method.probabilities(resample(scores[1:], down, right), self.scale)
         if isinstance(self.background, float | int):
             none = found.new_full(found.shape[1:], float(self.background))
         elif objects:
@@ -257,17 +257,23 @@ class Segmenter:
         return np.where(small[labels], again, labels)
 
 
-def dense_method(method: str | Dense) -> Dense:
-    """The method of a name, or the given one."""
+def dense_method(method: str | os.PathLike | Dense, encoder: Any = None) -> Dense:
+    """The method of a name or of a file that a trained one was saved to (`encoder`: its encoder), or the given one."""
     from ..registry import get_method, methods
 
     if isinstance(method, Dense):
         return method
+    if isinstance(method, os.PathLike) or str(method).endswith(".safetensors"):
+        from .trained import load_trained
+
+        return load_trained(method, encoder=encoder)
     known = [info.name.replace("_", "-") for info in methods("segment")]
     check_choice("method", method.replace("_", "-") if isinstance(method, str) else method, known)
-    found = get_method(method.replace("-", "_"), "segment")
+    found: Any = get_method(method.replace("-", "_"), "segment")
     if not (isinstance(found, type) and issubclass(found, Dense)):
         raise ClipworksError(f"method must be a dense one. Got {method!r}, which has to be called by itself.")
+    if hasattr(found, "fit"):
+        raise ClipworksError(f"method {method!r} has to be trained: give the fitted object or its .safetensors file.")
     return found()
 
 
