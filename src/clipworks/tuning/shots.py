@@ -89,3 +89,26 @@ def as_given(images: Any) -> Any:
     """Return an array of preprocessed pixels as a tensor, everything else as it is."""
     real = isinstance(images, np.ndarray) and images.dtype.kind == "f"
     return torch.from_numpy(np.ascontiguousarray(images)) if real else images
+
+
+def listed_captions(captions: Any, shots: Shots, templates: Sequence[str]) -> list[list[str]]:
+    """Return the captions of every image as lists of the same length; of None the templates around its class.
+
+    Parameters
+    ----------
+    captions : a text or a list of texts per image, or None
+    shots : images with labels
+    templates : with "{}" for the name
+    """
+    table = shots.table or {}
+    if captions is None:
+        return [[t.replace("{}", table[str(item.label)]) for t in templates] for item in shots.items]
+    if isinstance(captions, str) or not hasattr(captions, "__len__") or len(captions) != len(shots.items):
+        got = len(captions) if hasattr(captions, "__len__") else type(captions).__name__
+        raise ClipworksError(f"captions must hold an entry per image ({len(shots.items)}). Got {got}.")
+    lists = [[own] if isinstance(own, str) else list(own) for own in captions]
+    for number, own in enumerate(lists):
+        if not own or len(own) != len(lists[0]) or not all(isinstance(t, str) and t.strip() for t in own):
+            raise ClipworksError("captions must hold a text for every image, or the same number of texts for each. "
+                                 f"Number {number} is {captions[number]!r}.")  # fmt: skip
+    return lists

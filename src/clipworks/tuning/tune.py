@@ -1,7 +1,8 @@
 """Any method of `prompts/` and `tuning/` on a labelled folder: draw shots, fit, measure what was learned and lost.
 
 Of every class some images are drawn to learn; the others are held out and measured before (zero-shot) and after. A
-probe set, on which the model was good before, is measured the same way: its difference is what was forgotten.
+probe set, on which the model was good before, is measured the same way: its difference is what was forgotten. Of a
+method for search (it has `vectors`) the precision of image-to-image search is measured too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from ..data.item import Item
 from ..data.shots import draw
 from ..errors import ClipworksError, check_choice, check_range, closest
+from ..metrics.retrieval import image_retrieval
 from ..registry import MethodInfo, get_method, methods
 from ..training.checkpoint import write_json
 from ..training.evaluate import Probe, recalls, zeroshot
@@ -143,6 +145,8 @@ def tune(
             raise ClipworksError("choose_alpha needs held-out images: draw fewer shots or give validation.")
         held = {"validation": ([i.source() for i in chosen], [table[str(i.label)] for i in chosen])}
         settings = {**settings, "alpha": None}
+    if "captions" in inspect.signature(kind.fit).parameters and all(item.caption for item in learned):
+        held["captions"] = [str(item.caption) for item in learned]
     made = kind(names=list(table.values()) or None, encoder=encoder, seed=seed, **settings)
     probes = {
         "task": Probe.open(rest, table or None) if rest else None,
@@ -150,8 +154,14 @@ def tune(
     }
     templates = getattr(made, "templates", TEMPLATE)
     before = {name: _zero_shot(encoder, p, templates) for name, p in probes.items() if p is not None}
+    if searches := hasattr(made, "vectors"):
+        for name, found in before.items():
+            found |= _search(encoder.images, probes[name])
     made.fit([item.source() for item in learned], y, progress=progress, **held)
     after = {name: _measured(made, p, templates) for name, p in probes.items() if p is not None}
+    if searches:
+        for name, found in after.items():
+            found |= _search(made.vectors, probes[name])
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     made.save(path)
@@ -218,6 +228,15 @@ def _measured(fitted: Any, probe: Probe, templates: Any) -> dict[str, float]:
     reads = fitted if names == list(fitted.names_ or ()) else fitted.to_new(names)
     logits = reads.logits([item.source() for item in probe.items])
     return zeroshot(logits, np.eye(len(names)), _targets(probe))
+
+
+def _search(vectors: Any, probe: Probe | None) -> dict[str, float]:
+    """Search every image of a labelled probe among the others by the vectors of a method that has its own."""
+    labels = [] if probe is None else [str(item.label) for item in probe.items]
+    if probe is None or probe.names is None or len(set(labels)) == len(labels):
+        return {}
+    found = image_retrieval(vectors([item.source() for item in probe.items]), np.array(labels), cutoffs=(1,))
+    return {"image_to_image_map": 100 * found.mean_average_precision, "image_to_image_recall@1": 100 * found.recall[1]}
 
 
 def _targets(probe: Probe) -> np.ndarray:
