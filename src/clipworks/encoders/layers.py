@@ -267,7 +267,7 @@ class Block(nn.Module):
 
 def pick(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """One token of every row, (B, N, width) to (B, 1, width); `at` is int64 (B,)."""
-    return x[torch.arange(len(x), device=x.device), at][:, None]
+    return x[torch.arange(x.shape[0], device=x.device), at][:, None]
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -295,7 +295,7 @@ def check_mask(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if tuple(mask.shape) != tuple(x.shape[:2]):
         raise ClipworksError(f"mask must have the shape {tuple(x.shape[:2])} (batch, tokens). Got {tuple(mask.shape)}.")
     mask = mask.bool()
-    if not bool(mask.any(1).all()):
+    if not torch.compiler.is_exporting() and not bool(mask.any(1).all()):
         raise ClipworksError("mask hides every token of at least one row; leave at least one.")
     return mask
 
@@ -352,7 +352,7 @@ def run_blocks(
     maps: dict[int | str, torch.Tensor] = {}
     # a single row stays whole: products of one row take another kernel, and a vector would know its batch's size
     whole = {*rules, *dict(kept), *dict(mapped)}
-    lean = len(x) > 1 and isinstance(next(reversed(blocks), None), Block) and depth - 1 not in whole
+    lean = x.shape[0] > 1 and isinstance(next(reversed(blocks), None), Block) and depth - 1 not in whole
     if stop is not None:
         stop, lean = layer_index("stop", stop, depth), False
         late = [number for number in (*prompts, *rules, *dict(kept), *dict(mapped)) if number >= stop]

@@ -28,7 +28,7 @@ class AttentionPool(nn.Module):
         self, x: torch.Tensor, mask: torch.Tensor | None = None, need_map: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, N, width) to (B, width), and the weights (B, heads, 1, N) if asked for; `mask` (B, N) hides tokens."""
-        query = self.probe.expand(len(x), 1, -1)
+        query = self.probe.expand(x.shape[0], 1, -1)
         keys = None if mask is None else mask[:, None, None, :]
         y, weights = self.attention(query, x, mask=keys, need_map=need_map)
         return (y + self.mlp(self.norm(y)))[:, 0], weights
@@ -149,11 +149,11 @@ class VisionTransformer(nn.Module):
         recalled = None if self.memory is None else self.memory(masked_mean(x, mask))
         x = x + places
         if self.class_token is not None:
-            first = (self.class_token + table[0]).to(x.dtype).expand(len(x), 1, -1)
+            first = (self.class_token + table[0]).to(x.dtype).expand(x.shape[0], 1, -1)
             x = torch.cat([first, x], dim=1)
         if mask is not None:
             mask = torch.cat([mask.new_ones(len(mask), self.head), mask], dim=1)
-        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        first = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         x, layers, maps, n_prompts = run_blocks(
             self.blocks, self.norm_pre(x), head=self.head, mask=mask, prompts=prompts, attention=attention,
             output_layers=output_layers, output_attention=output_attention,
