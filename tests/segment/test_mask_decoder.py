@@ -53,7 +53,7 @@ def test_a_mask_is_a_product_of_query_and_pixels_and_attention_looks_where_it_is
     layer = own.layers[0].forward
     own.layers[0].forward = lambda x, places, memory, mask: seen.append(mask) or layer(x, places, memory, mask)
     first = own(maps).earlier[0]
-    pixels = plain.linear(maps[0][0].flatten(1).T.numpy(), Flat(own.lateral[0]))
+    pixels = plain.linear(maps[0][0].flatten(1).T.numpy(), Flat(own.pixels.lateral[0]))
     queries = plain.norm(own.queries.numpy(), own.norm)
     hidden = np.maximum(plain.linear(queries, own.draw[0]), 0)
     masks = plain.linear(hidden, own.draw[2]) @ pixels.T

@@ -64,10 +64,7 @@ class MaskDecoder(nn.Module):
         check_range("queries", queries, 1)
         if width % heads or width % 4:
             raise ClipworksError(f"width must be a multiple of heads ({heads}) and of 4. Got {width}.")
-        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        self.smooth = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(1, width)) for _ in channels[1:]
-        )
+        self.pixels = PixelDecoder(channels, width)
         self.queries = nn.Parameter(torch.randn(queries, width) * width**-0.5)
         self.places = nn.Parameter(torch.randn(queries, width) * width**-0.5)
         self.memory_norm = nn.LayerNorm(width)
@@ -77,13 +74,10 @@ class MaskDecoder(nn.Module):
 
     def forward(self, maps: Sequence[torch.Tensor]) -> Proposals:
         """Proposals from maps (B, channels, h, w), coarse to fine; masks have the finest grid."""
-        x = self.lateral[0](maps[0])
-        memory = self.memory_norm(x.flatten(2).transpose(1, 2))
-        memory = memory + sine_positions(x.shape[2], x.shape[3], x.shape[1]).to(memory)
-        grid = (x.shape[2], x.shape[3])
-        for lateral, smooth, finer in zip(self.lateral[1:], self.smooth, maps[1:], strict=True):
-            x = F.interpolate(x, finer.shape[-2:], mode="bilinear", align_corners=False) + lateral(finer)
-            x = F.relu(smooth(x))
+        coarse, x = self.pixels(maps)
+        grid = (coarse.shape[2], coarse.shape[3])
+        memory = self.memory_norm(coarse.flatten(2).transpose(1, 2))
+        memory = memory + sine_positions(*grid, coarse.shape[1]).to(memory)
         queries, places = (q.expand(len(x), -1, -1) for q in (self.queries, self.places))
         found = [self._propose(queries, x)]
         for layer in self.layers:
@@ -95,6 +89,31 @@ class MaskDecoder(nn.Module):
     def _propose(self, queries: torch.Tensor, pixels: torch.Tensor) -> Proposals:
         queries = self.norm(queries)
         return Proposals(torch.einsum("bqc,bchw->bqhw", self.draw(queries), pixels), queries)
+
+
+class PixelDecoder(nn.Module):
+    """Maps of several grids as one on the finest: a feature pyramid's way down.
+
+    Parameters
+    ----------
+    channels : of the maps, coarse to fine
+    width : channels of the result
+    """
+
+    def __init__(self, channels: Sequence[int], width: int):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.smooth = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(1, width)) for _ in channels[1:]
+        )
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The coarsest map and the finest grid's, (B, width, h, w) each; the same one if there is one map."""
+        coarse = x = self.lateral[0](maps[0])
+        for lateral, smooth, finer in zip(self.lateral[1:], self.smooth, maps[1:], strict=True):
+            x = F.interpolate(x, finer.shape[-2:], mode="bilinear", align_corners=False) + lateral(finer)
+            x = F.relu(smooth(x))
+        return coarse, x
 
 
 class DecoderLayer(nn.Module):
@@ -185,12 +204,14 @@ def sine_positions(rows: int, columns: int, width: int, base: float = 10000.0) -
     return torch.cat([y, x], dim=-1).flatten(0, 1)
 
 
-def tower_maps(hidden: Hidden) -> list[torch.Tensor]:
-    """The maps of a tower for a decoder, coarse to fine: the last block's output, then the stem's finer maps."""
-    if hasattr(hidden.visual, "blocks"):
-        tokens = hidden.block(hidden.inputs[-1])[0]
-    else:
-        tokens = hidden.inputs[-1]
+def last_tokens(hidden: Hidden) -> torch.Tensor:
+    """(B, N, width), what the tower's last block gives; of a ResNet the cells of its last map."""
+    return hidden.block(hidden.inputs[-1])[0] if hasattr(hidden.visual, "blocks") else hidden.inputs[-1]
+
+
+def tower_maps(hidden: Hidden, tokens: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The maps of a tower for a decoder, coarse to fine: `last_tokens`, then the stem's finer maps."""
+    tokens = last_tokens(hidden) if tokens is None else tokens
     last = tokens[:, hidden.prefix :].transpose(1, 2).unflatten(2, hidden.grid)
     return [last, *(hidden.maps[side] for side in sorted(hidden.maps, reverse=True))]
 

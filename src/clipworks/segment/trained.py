@@ -12,11 +12,11 @@ lr, side=None, seed=0)`, in a file of its own marked `@method`, and with these p
     class_words(names, encoder, templates)    only if `words` are not to be the unit rows of the names asked for
 
 and, where it needs them: `_learns(encoder)`, patterns of the encoder's parameters that learn too (then `encoder_` is a
-changed copy, else the very encoder), `_rates(encoder)`, factors of their learning rate, `no_decay`; `_bind(base)`,
-called before `_build` in `fit` and `load`, for what is made of encoder and names and not learned (`names_` and `words_`,
-the unit rows of the fitted names, are there by then); `_train(base, items, progress)`, if one run of `_losses` is not
-all. A method whose scores are no cosines overrides `probabilities(scores, scale)`: `mask_decoder.share` of a semantic
-map, a softmax of logits.
+changed copy, else the very encoder), `_rates(encoder)`, factors of their learning rate, and `_no_decay(encoder)`, all by
+names such as "visual.blocks.0.norm1.weight" and "recipe.parts.gamma"; `_bind(base)`, called before `_build` in `fit` and
+`load`, for what is made of encoder and names and not learned (`names_` and `words_`, the unit rows of the fitted names,
+are there by then); `_train(base, items, progress)`, if one run of `_losses` is not all. A method whose scores are no
+cosines overrides `probabilities(scores, scale)`: `mask_decoder.share` of a semantic map, a softmax of logits.
 
 Decoder, heads and pooling are in `mask_decoder`, its losses in `mask_losses`. `sides` are the finer maps of a
 convolutional stem that `enter` keeps, where there are any. Settings have to fit JSON, for `save`; what is saved is
@@ -65,7 +65,6 @@ class TrainedDense(Dense, BaseEstimator, ABC):
     """
 
     sides: ClassVar[tuple[int, ...]] = (16, 8)
-    no_decay: ClassVar[tuple[str, ...]] = ()
 
     encoder: Any
     steps: int
@@ -102,6 +101,10 @@ class TrainedDense(Dense, BaseEstimator, ABC):
     def _rates(self, encoder: Encoder) -> Mapping[str, float]:
         """Pattern of parameters -> factor of their learning rate."""
         return {}
+
+    def _no_decay(self, encoder: Encoder) -> Sequence[str]:
+        """Patterns of parameters without weight decay, beside vectors and norms, which never have any."""
+        return ()
 
     def _train(self, base: Encoder, items: Sequence[Item], progress: bool | None) -> None:
         """Train, and set `encoder_`, `parts_` and `losses_`."""
@@ -240,7 +243,7 @@ class TrainedDense(Dense, BaseEstimator, ABC):
         recipe = CropRecipe(parts, losses, max(patch, round(side / patch) * patch), len(self.names_))
         learns = self._learns(base) if learns is None else learns
         usual = {"steps": self.steps, "lr": self.lr, "weight_decay": 1e-4, "warmup": 0.1, "clip": 1.0,
-                 "rates": self._rates(base), "no_decay": self.no_decay}  # fmt: skip
+                 "rates": self._rates(base), "no_decay": self._no_decay(base)}  # fmt: skip
         report = train(
             list(items), base, out=None, recipe=recipe, batch_size=min(self.batch_size, len(items)),
             freeze=("*", "!recipe.*", *learns), augment="none", seed=self.seed, progress=progress,
