@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import ClipworksError
+from .common import wide
 
 EPS = 1e-7
 
@@ -44,14 +45,25 @@ def giou(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return inside / union.clamp(min=EPS) - (around - union) / around.clamp(min=EPS)
 
 
+def box_distance(predicted: torch.Tensor, target: torch.Tensor, centred: bool = False) -> torch.Tensor:
+    """Return |b - b*|_1 + 1 - GIoU(b, b*) of pairs of boxes, shape (R,).
+
+    Parameters
+    ----------
+    predicted, target : (left, top, right, bottom), or centre and size where `centred`, shape (R, 4)
+    """
+    predicted, target = wide(predicted), wide(target)
+    overlap = giou(corners(predicted), corners(target)) if centred else giou(predicted, target)
+    return (predicted - target).abs().sum(-1) + 1 - overlap
+
+
 def _area(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     return (high - low).clamp(min=0).prod(-1)
 
 
 def nothing(*tensors: torch.Tensor) -> torch.Tensor:
     """Return 0 with a graph to every tensor: the loss of a batch in which there is no region."""
-    total = sum(0 * t.float().sum() if t.dtype in (torch.bfloat16, torch.float16) else 0 * t.sum() for t in tensors)
-    return torch.as_tensor(total)
+    return torch.stack([0 * wide(t).sum() for t in tensors]).sum()
 
 
 def check_regions(shapes: dict[str, tuple[int | None, ...]], **named: torch.Tensor) -> None:
