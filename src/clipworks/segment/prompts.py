@@ -17,8 +17,11 @@ import torch.nn.functional as F
 
 from ..errors import check_range, need
 
-# from a box (left, top, right, bottom), a point (x, y) and scores (H, W) to the logits of a mask (H, W) and their IoU
-Predict = Callable[[tuple[int, int, int, int], tuple[int, int], torch.Tensor], "tuple[torch.Tensor, float]"]
+# from a box (left, top, right, bottom), a point (x, y) and scores (H, W), any of which may be None, to the logits of a
+# mask (H, W) and their IoU
+Predict = Callable[
+    ["tuple[int, int, int, int] | None", "tuple[int, int] | None", "torch.Tensor | None"], "tuple[torch.Tensor, float]"
+]
 FAINT = 0.005  # factor of the scores that are handed over as a mask (release)
 
 
@@ -106,16 +109,18 @@ class Sam:
         kept = (max(1, round(tall * self.coarse / self.size)), max(1, round(wide * self.coarse / self.size)))
 
         def predict(
-            box: tuple[int, int, int, int], point: tuple[int, int], scores: torch.Tensor
+            box: tuple[int, int, int, int] | None, point: tuple[int, int] | None, scores: torch.Tensor | None
         ) -> tuple[torch.Tensor, float]:
-            small = F.interpolate(scores[None, None].float(), kept, mode="bilinear")
-            hint = F.pad(small, (0, self.coarse - kept[1], 0, self.coarse - kept[0]))
-            answer = self.model(
-                image_embeddings=embeddings, multimask_output=False, input_masks=hint,
-                input_boxes=torch.tensor([[[value * factor for value in box]]]),
-                input_points=torch.tensor([[[[value * factor for value in point]]]]),
-                input_labels=torch.ones(1, 1, 1, dtype=torch.long),
-            )  # fmt: skip
+            asked: dict[str, Any] = {}
+            if box is not None:
+                asked["input_boxes"] = torch.tensor([[[value * factor for value in box]]])
+            if point is not None:
+                asked["input_points"] = torch.tensor([[[[value * factor for value in point]]]])
+                asked["input_labels"] = torch.ones(1, 1, 1, dtype=torch.long)
+            if scores is not None:
+                small = F.interpolate(scores[None, None].float(), kept, mode="bilinear")
+                asked["input_masks"] = F.pad(small, (0, self.coarse - kept[1], 0, self.coarse - kept[0]))
+            answer = self.model(image_embeddings=embeddings, multimask_output=False, **asked)
             logits = answer.pred_masks[0, 0][None, :, : kept[0], : kept[1]]
             return F.interpolate(logits, (height, width), mode="bilinear")[0, 0], float(answer.iou_scores.max())
 
