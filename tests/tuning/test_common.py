@@ -24,6 +24,9 @@ from .toys import NAMES, SHAPES, clip_shaped, coloured, pixels, quick, vit_b16, 
 TUNERS = [m.name for m in methods("tuning") if issubclass(get_method(f"tuning/{m.name}"), Tuner)]
 
 every_tuner = pytest.mark.parametrize("name", TUNERS)
+neutral = pytest.mark.parametrize("name", [n for n in TUNERS if get_method(f"tuning/{n}").neutral])
+merging = pytest.mark.parametrize("name", [n for n in TUNERS if get_method(f"tuning/{n}").merges])
+unmerged = pytest.mark.parametrize("name", [n for n in TUNERS if not get_method(f"tuning/{n}").merges])
 both_shapes = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -39,7 +42,7 @@ def targets(name):
     return CAPTIONS if get_method(f"tuning/{name}").pairs else ["cat", "dog", "old oak"] * 2
 
 
-@every_tuner
+@neutral
 @both_shapes
 def test_with_a_step_of_size_zero_it_is_zero_shot_clip(name, shape):
     encoder, x = SHAPES[shape](), pixels()
@@ -64,14 +67,14 @@ def test_what_is_frozen_stays_and_what_changed_is_all_that_is_written(name, shap
     assert moved <= may
     assert abs(method.logits(x) - zero_shot(encoder, x)).max() > 1e-4
     written = load_file(method.save(tmp_path / "deep" / "tuned.safetensors"))
-    assert set(written) - {"classifier"} == moved
+    assert set(written) - {"classifier"} == moved | method.also_written
     again = type(method).load(tmp_path / "deep" / "tuned.safetensors", encoder=encoder)
     np.testing.assert_array_equal(again.logits(x), method.logits(x))
     assert list(again.predict(x)) == list(method.predict(x))
     assert again.get_params().keys() == method.get_params().keys()
 
 
-@every_tuner
+@merging
 def test_merged_it_is_an_ordinary_encoder_of_the_same_vectors(name, tmp_path):
     encoder, x = clip_shaped(), pixels()
     method = tuner(name, encoder=encoder, lr=1e-2).fit(x, targets(name))
@@ -81,6 +84,13 @@ def test_merged_it_is_an_ordinary_encoder_of_the_same_vectors(name, tmp_path):
     torch.testing.assert_close(merged.texts(texts), method.encoder_.texts(texts), atol=1e-5, rtol=0)
     again = clipworks.load(save(merged, tmp_path / "merged.safetensors"))
     torch.testing.assert_close(again.images(x), merged.images(x), atol=1e-6, rtol=0)
+
+
+@unmerged
+def test_what_cannot_be_merged_says_so(name):
+    method = tuner(name, encoder=clip_shaped()).fit(pixels(), targets(name))
+    with pytest.raises(ClipworksError, match=f"{type(method).__name__} cannot: use encoder_"):
+        method.merge()
 
 
 @pytest.mark.slow

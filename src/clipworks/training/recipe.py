@@ -31,7 +31,8 @@ class Recipe(Protocol):
 
     A recipe with parameters of its own is an `nn.Module`; they are trained and saved too. Optional attributes:
     `split` (it has the two halves), `captions = False` (it needs no words), `settings` (JSON values that a resumed
-    run must share), `bind(encoder, pool)` (called once before training).
+    run must share), `bind(encoder, pool)` (called once before training), `order(count, batch_size, seed)` (says which
+    samples belong to which step, in the place of `feed.Order`).
     """
 
     def batch(self, items: Sequence[Item], step: int, rng: np.random.Generator) -> dict[str, Any]:

@@ -11,6 +11,9 @@ with as many of these parts as it needs:
     _merge(encoder)                  undoes `_shape` with the change folded in; left out where `_shape` swaps nothing.
     frozen                           patterns of what does not learn, see `training.optim.freeze` and `only`
     pairs = True                     `fit` takes a text per image (labels speak through the templates).
+    neutral = False                  with a step of size zero it is something else than zero-shot CLIP
+    merges = False                   no ordinary encoder says the same
+    also_written                     tensors that chance gave and `save` writes though training leaves them as they are
 
 The base does the rest: it checks images and labels, averages start and result (`alpha`, WiSE-FT), classifies (class
 words in the changed encoder, or the head), saves the tensors that changed and nothing else, and loads them onto the
@@ -80,6 +83,9 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
     pairs: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ("log_scale",)  # small sets make the scale drift
     also_changed: ClassVar[frozenset[str]] = frozenset()  # tensors that `_train` sets besides what learns
+    also_written: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     names: Any
     encoder: Any
@@ -154,6 +160,9 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
     def merge(self) -> Encoder:
         """Return an ordinary encoder with the change folded into its weights, for `encoders.loading.save` too."""
         check_is_fitted(self, "encoder_")
+        if not self.merges:
+            raise ClipworksError(f"merge needs a change that can be folded into an ordinary encoder. That of "
+                                 f"{type(self).__name__} cannot: use encoder_, and save.")  # fmt: skip
         encoder = copy.deepcopy(self.encoder_)
         self._merge(encoder)
         return encoder
@@ -172,7 +181,10 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
         check_is_fitted(self, "encoder_")
         base = resolve_encoder(self.encoder)
         before, after = self._shaped(base).state_dict(), self.encoder_.state_dict()
-        changed = {name: value for name, value in after.items() if not torch.equal(value.cpu(), before[name].cpu())}
+        changed = {
+            name: value for name, value in after.items()
+            if name in self.also_written or not torch.equal(value.cpu(), before[name].cpu())
+        }  # fmt: skip
         if self._own_head:
             changed["classifier"] = self.classifier_  # type: ignore[assignment]
         every = self.get_params(deep=False)
