@@ -21,18 +21,14 @@ class Probe(TrainedDense):
     """A linear map of the tower's last tokens."""
 
     def __init__(self, encoder=None, tower=False, steps=30, batch_size=4, lr=0.03, side=None, seed=0):
-        self.encoder, self.tower_learns, self.steps, self.batch_size = encoder, tower, steps, batch_size
+        self.encoder, self.tower, self.steps, self.batch_size = encoder, tower, steps, batch_size
         self.lr, self.side, self.seed = lr, side, seed
-
-    def get_params(self, deep=True):
-        names = ("encoder", "steps", "batch_size", "lr", "side", "seed")
-        return {name: getattr(self, name) for name in names} | {"tower": self.tower_learns}
 
     def _build(self, encoder, names):
         return nn.Conv2d(encoder.config.vision.width, len(names), 1)
 
     def _learns(self, encoder):
-        return ("!visual.stem.*",) if self.tower_learns else ()
+        return ("!visual.stem.*",) if self.tower else ()
 
     def _losses(self, parts, encoder, images, labels):
         scores = parts(tower_maps(enter(encoder, images))[0])

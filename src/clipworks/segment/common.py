@@ -123,7 +123,7 @@ class Dense(ABC):
         """Unit rows of the class words (K, dim), as this method wants them."""
         return words
 
-    def tower(self, encoder: str | Encoder | None) -> Encoder:
+    def encoder_for(self, encoder: str | Encoder | None) -> Encoder:
         """The encoder that images and words go through: the one asked for, by default the bundled one."""
         from ..encoders.loading import load
 

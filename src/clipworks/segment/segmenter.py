@@ -135,7 +135,7 @@ class Segmenter:
         self.names = check_names(synonyms)
         if background is not None and BACKGROUND in self.names:
             raise ClipworksError(f"names must not hold {BACKGROUND!r} where background= is given.")
-        model: Any = self.method.tower(encoder)
+        model: Any = self.method.encoder_for(encoder)
         self.encoder, self.memory, self.batch_size = model, memory, batch_size
         self.patch = model.config.vision.patch_size
         usual = 2 * model.image_size

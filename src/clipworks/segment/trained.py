@@ -12,11 +12,11 @@ lr, side=None, seed=0)`, in a file of its own marked `@method`, and with these p
     class_words(names, encoder, templates)    only if `words` are not to be the unit rows of the names asked for
 
 and, where it needs them: `_learns(encoder)`, patterns of the encoder's parameters that learn too (then `encoder_` is a
-changed copy, else the very encoder), `_rates(encoder)`, factors of their learning rate, and `_no_decay(encoder)`, all by
-names such as "visual.blocks.0.norm1.weight" and "recipe.parts.gamma"; `_bind(base)`, called before `_build` in `fit` and
-`load`, for what is made of encoder and names and not learned (`names_` and `words_`, the unit rows of the fitted names,
-are there by then); `_train(base, items, progress)`, if one run of `_losses` is not all. A method whose scores are no
-cosines overrides `probabilities(scores, scale)`: `mask_decoder.share` of a semantic map, a softmax of logits.
+changed copy, else the very encoder), `_rates(encoder)`, factors of their learning rate, and `_no_decay(encoder)`, all
+by names such as "visual.blocks.0.norm1.weight" and "recipe.parts.gamma"; `_bind(base)`, called before `_build` in `fit`
+and `load`, for what is made of encoder and names and not learned (`names_` and `words_`, the unit rows of the fitted
+names, are there by then); `_train(base, items, progress)`, if one run of `_losses` is not all. A method whose scores are
+no cosines overrides `probabilities(scores, scale)`: `mask_decoder.share` of a semantic map, a softmax of logits.
 
 Decoder, heads and pooling are in `mask_decoder`, its losses in `mask_losses`. `sides` are the finer maps of a
 convolutional stem that `enter` keeps, where there are any. Settings have to fit JSON, for `save`; what is saved is
@@ -159,7 +159,7 @@ class TrainedDense(Dense, BaseEstimator, ABC):
         found = [work(image).labels for image in sources]
         return np.stack(found) if isinstance(as_given(images), torch.Tensor) else found
 
-    def tower(self, encoder: str | Encoder | None) -> Encoder:
+    def encoder_for(self, encoder: str | Encoder | None) -> Encoder:
         """The encoder that belongs to the trained parts; another one is an error."""
         check_is_fitted(self, "parts_")
         if encoder is not None:
