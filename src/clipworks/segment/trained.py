@@ -15,8 +15,8 @@ and, where it needs them: `_learns(encoder)`, patterns of the encoder's paramete
 changed copy, else the very encoder), `_rates(encoder)`, factors of their learning rate, and `_no_decay(encoder)`, all
 by names such as "visual.blocks.0.norm1.weight" and "recipe.parts.gamma"; `_bind(base)`, called before `_build` in `fit`
 and `load`, for what is made of encoder and names and not learned (`names_` and `words_`, the unit rows of the fitted
-names, are there by then); `_train(base, items, progress)`, if one run of `_losses` is not all. A method whose scores are
-no cosines overrides `probabilities(scores, scale)`: `mask_decoder.share` of a semantic map, a softmax of logits.
+names, are there by then); `_train(base, items, progress)`, if one run of `_losses` is not all. A method whose scores
+are no cosines overrides `probabilities(scores, scale)`: `mask_decoder.share` of a semantic map, a softmax of logits.
 
 Decoder, heads and pooling are in `mask_decoder`, its losses in `mask_losses`. `sides` are the finer maps of a
 convolutional stem that `enter` keeps, where there are any. Settings have to fit JSON, for `save`; what is saved is
