@@ -94,7 +94,7 @@ class Encoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights that are multiplied with."""
-        return self.text.positions.dtype
+        return self.text.dtype
 
     @property
     def precision(self) -> str:

@@ -35,6 +35,10 @@ class TextTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps) if config.norm_final else nn.Identity()
         self.projection = nn.Linear(width, dim, bias=config.projection_bias) if config.projection else nn.Identity()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.positions.dtype
+
     def forward(self, tokens: torch.Tensor | None = None, **seams) -> torch.Tensor:
         """(B, L) token ids to (B, dim), not normalised; `seams` as in `run`."""
         return self.run(tokens, **{"whole": False, **seams}).pooled
