@@ -188,7 +188,7 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
         if self._own_head:
             changed["classifier"] = self.classifier_  # type: ignore[assignment]
         every = self.get_params(deep=False)
-        settings = {k: v for k, v in every.items() if k != "encoder" and not isinstance(v, Encoder)}
+        settings = {k: v for k, v in every.items() if k != "encoder" and not isinstance(v, torch.nn.Module)}
         record = {
             "method": type(self).__name__, "settings": settings, "classes": self.classes_.tolist(),
             "names": self.names_, "alpha": self.alpha_, "fingerprint": base.fingerprint,
@@ -197,18 +197,20 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
         return write_change(path, record, changed)
 
     @classmethod
-    def load(cls: type[T], path: str | os.PathLike, *, encoder: Any = None) -> T:
+    def load(cls: type[T], path: str | os.PathLike, *, encoder: Any = None, **modules: Any) -> T:
         """Return the fitted method of a file that `save` wrote.
 
         Parameters
         ----------
         path : the file
         encoder : the encoder it was fitted on, or its name (default: the name in the file, else the bundled one)
+        modules : other settings that are models, which are not in the file
         """
         record, changed = read_change(path)
         if record["method"] != cls.__name__:
             raise ClipworksError(f"path must be a file of {cls.__name__}. {str(path)!r} is one of {record['method']}.")
-        made = cls(**record["settings"], encoder=record["encoder"] if encoder is None else encoder)
+        settings = {**record["settings"], **modules}
+        made = cls(**settings, encoder=record["encoder"] if encoder is None else encoder)
         base = resolve_encoder(made.encoder)
         if base.fingerprint != record["fingerprint"]:
             raise ClipworksError(f"encoder must be the one that {str(path)!r} was fitted on, "
