@@ -230,17 +230,18 @@ class TrainedDense(Dense, BaseEstimator, ABC):
 
     def _run(
         self, base: Encoder, items: Sequence[Item], parts: nn.Module, losses: Losses, progress: bool | None,
-        *, learns: Sequence[str] | None = None, **options: Any,
+        *, learns: Sequence[str] | None = None, classes: int | None = None, **options: Any,
     ) -> None:  # fmt: skip
         """One run of the loop over crops of the images: trains `parts`, and of the encoder what `learns` names.
 
-        `options` as in `training.loop.train`, in the place of the method's own steps, rate and so on.
+        `classes` is how many labels there are, where they are not those of the names; `options` as in
+        `training.loop.train`, in the place of the method's own steps, rate and so on.
         """
         from ..training.loop import train
 
         side = 2 * base.image_size if self.side is None else int(check_range("side", self.side, 1))
         patch = base.config.vision.patch_size
-        recipe = CropRecipe(parts, losses, max(patch, round(side / patch) * patch), len(self.names_))
+        recipe = CropRecipe(parts, losses, max(patch, round(side / patch) * patch), classes or len(self.names_))
         learns = self._learns(base) if learns is None else learns
         usual = {"steps": self.steps, "lr": self.lr, "weight_decay": 1e-4, "warmup": 0.1, "clip": 1.0,
                  "rates": self._rates(base), "no_decay": self._no_decay(base)}  # fmt: skip
