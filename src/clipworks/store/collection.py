@@ -196,6 +196,10 @@ class Collection:
             return [{} for _ in rows]
         return self._snapshot.table.select(list(columns)).take(pa.array(np.asarray(rows, np.int64))).to_pylist()
 
+    def arrow(self, columns: Sequence[str]) -> pa.Table:
+        """Some columns as they are mapped, the internal ones too."""
+        return self._snapshot.table.select(list(columns))
+
     def sources(self, keys: Iterable[str]) -> dict[str, str | None]:
         """Where the images of some keys came from: the source that `embed` was given, None for added vectors."""
         rows = [self.row(key) for key in keys]

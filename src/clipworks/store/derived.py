@@ -65,8 +65,9 @@ def seal(folder: Path, names: Iterable[str], **facts: Any) -> None:
     facts = {"files": {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names}, **facts}
     text = json.dumps(facts)
     (folder / FACTS).write_text(f"{text}\n{_digest(text)}\n", encoding="utf-8")
-    for name in (*names, FACTS):
-        sync(folder / name)
+    paths = [folder / name for name in (*names, FACTS)]
+    for path in (*paths, *{path.parent for path in paths}):
+        sync(path)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""`search`: the images of a collection nearest to words, images or vectors, exactly; `similar`: to one of its own."""
+"""`search`: the images of a collection nearest to words, images or vectors; `similar`: to one of its own.
+
+Exact, unless the collection is large and has an approximate index (see `indexed.usable`).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from ..types import Ranking
 from .collection import Collection
 from .exact import MEMORY, top_k
 from .identity import encoder_of
+from .indexed import usable
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
@@ -38,6 +42,7 @@ def search(
     diverse: float = 0.0,
     columns: Sequence[str] = (),
     memory: int = MEMORY,
+    index: str = "auto",
 ) -> Ranking:
     """Rank the images of a collection by their cosine with a query.
 
@@ -61,6 +66,8 @@ def search(
     diverse : how unlike each other the hits are to be, from 0 (not at all) to 1
     columns : columns to return with each hit
     memory : bytes of working memory
+    index : "exact"; "ivf", "hnsw", "pq", "lance" for what `clipworks index` built; "auto" is exact up to 2^29 stored
+        numbers (a million rows of 512), and beyond takes the quickest index with a recall of at least 0.95, if any
 
     Returns
     -------
@@ -84,10 +91,10 @@ def search(
     if expand:
         from ..retrieval.query_expansion import expand_query
 
-        first, hits = _top(opened, vector[None], expand, rows, memory)
+        first, hits = _top(opened, vector[None], expand, rows, memory, index)
         vector = expand_query(vector, opened.vectors[hits[0]], first[0])
     wide = max(k, rerank, CANDIDATES * k if diverse else 0)
-    scores, found = _top(opened, vector[None], wide, rows, memory)
+    scores, found = _top(opened, vector[None], wide, rows, memory, index)
     chosen = _second_look(vector, opened.vectors[found[0]], scores[0], k, rerank, diverse)
     return _answers(opened, scores[:, chosen], found[:, chosen], [str(asked)], columns)[0]
 
@@ -120,12 +127,13 @@ def search_many(
     encoder: str | Encoder | None = None,
     columns: Sequence[str] = (),
     memory: int = MEMORY,
+    index: str = "auto",
 ) -> list[Ranking]:
     """Search for many queries at once, each of one part; several times as fast as one after the other.
 
     Parameters
     ----------
-    collection, k, where, encoder, columns, memory : as in `search`
+    collection, k, where, encoder, columns, memory, index : as in `search`
     queries : words, images or vectors, or a matrix (n, dim)
 
     Returns
@@ -137,7 +145,7 @@ def search_many(
     if not parts:
         return []
     vectors = unit(query_vectors(opened, parts, encoder))
-    return _rank(opened, vectors.astype(np.float32), [shown(p) for p in parts], k, where, columns, memory)
+    return _rank(opened, vectors.astype(np.float32), [shown(p) for p in parts], k, where, columns, memory, index)
 
 
 def similar(
@@ -148,12 +156,13 @@ def similar(
     where: str | Mapping[str, Any] | None = None,
     columns: Sequence[str] = (),
     memory: int = MEMORY,
+    index: str = "auto",
 ) -> Ranking:
     """Rank the images of a collection by their cosine with one of its own; needs no encoder.
 
     Parameters
     ----------
-    collection, k, where, columns, memory : as in `search`
+    collection, k, where, columns, memory, index : as in `search`
     key : of the image; it is left out of the answer
 
     Returns
@@ -165,11 +174,11 @@ def similar(
     rows = np.arange(len(opened)) if where is None else opened.where(where)
     query = unit(opened.vector(key)[None])
     if where is None:  # reading all rows in order is faster than a choice of them
-        found = _rank(opened, query, [key], k + 1, None, columns, memory)[0]
+        found = _rank(opened, query, [key], k + 1, None, columns, memory, index)[0]
         keep = [i for i, other in enumerate(found.keys) if other != key][:k]
         rest = [found.columns[i] for i in keep] if columns else []
         return Ranking([found.keys[i] for i in keep], found.scores[keep], key, rest)
-    return _rank(opened, query, [key], k, rows[rows != row], columns, memory)[0]
+    return _rank(opened, query, [key], k, rows[rows != row], columns, memory, index)[0]
 
 
 def query_vectors(collection: Collection, parts: Sequence[Any], encoder: str | Encoder | None = None) -> np.ndarray:
@@ -209,15 +218,19 @@ def _rank(
     where: Any,
     columns: Sequence[str],
     memory: int,
+    index: str,
 ) -> list[Ranking]:
     check_range("k", k, 1)
     rows = where if where is None or isinstance(where, np.ndarray) else collection.where(where)
-    return _answers(collection, *_top(collection, vectors, k, rows, memory), queries, columns)
+    return _answers(collection, *_top(collection, vectors, k, rows, memory, index), queries, columns)
 
 
 def _top(
-    collection: Collection, vectors: np.ndarray, k: int, rows: np.ndarray | None, memory: int
+    collection: Collection, vectors: np.ndarray, k: int, rows: np.ndarray | None, memory: int, index: str
 ) -> tuple[np.ndarray, np.ndarray]:
+    chosen = usable(collection, index)
+    if chosen is not None:
+        return chosen.top_k(vectors, k, rows=rows, memory=memory)
     return top_k(collection.vectors, vectors, k, rows=rows, memory=memory, norm=collection.norm)
 
 

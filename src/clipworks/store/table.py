@@ -22,7 +22,7 @@ META = b"clipworks"
 DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
 OWN = ("key", "vector", "digest", "mtime", "label", "caption")  # what every collection has
 INTERNAL = ("_source", "_check")
-SNAPSHOT = "snapshot"
+SNAPSHOT, INDEXES = "snapshot", "indexes"
 
 FULL = ("os error 28", "os error 27", "os error 122", "Errno 28", "Errno 27", "Errno 122")
 READ_ONLY = ("os error 30", "os error 13", "os error 1)", "Errno 30", "Errno 13")
@@ -162,5 +162,3 @@ def literal(value: Any) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     return "'" + str(value).replace("'", "''") + "'"
-
-

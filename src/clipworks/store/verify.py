@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import CollectionError
-from . import snapshot
+from . import indexed, snapshot
 from .collection import Collection
 from .journal import NAME as JOURNAL
 from .journal import TABLE, Journal, newest_manifest, sha256, table_files
@@ -108,8 +108,14 @@ def verify(path: str | os.PathLike, *, repair: bool = False) -> Verification:
         found.damage.append(
             Damage(part, reason, "nothing is lost: it is made anew by `--repair` or after the next change")
         )
-    if found.damage and repair:
+    table = bool(found.damage)  # damage of an index is no reason to write the table anew
+    for part, reason in indexed.damage(place).items():
+        found.damage.append(Damage(part, reason, "nothing is lost: searches are exact until `clipworks index` is run"))
+    if table and repair:
         _repair(place, found, intact)
+    if found.damage and repair:
+        indexed.discard_damaged(place)
+        found.repaired = True
     return found
 
 
@@ -245,8 +251,8 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns
     -------
-    dict: path, rows, dim, dtype, encoder, fingerprint, precision, image_size, labels, captions, columns, bytes,
-    created, clipworks, version, writer
+    dict: path, rows, dim, dtype, encoder, fingerprint, precision, image_size, labels, captions, columns, indexes
+    (kind -> recall and rows; None if there is none), bytes, created, clipworks, version, writer
     """
     opened = Collection.open(path)
     recorded = opened.meta["encoder"]
@@ -264,9 +270,15 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
         "labels": filled["label"],
         "captions": filled["caption"],
         "columns": {name: kind for name, kind in opened.columns.items() if name not in OWN},
+        "indexes": _indexes(place) or None,
         "bytes": sum(f.stat().st_size for f in place.rglob("*") if f.is_file()),
         "created": opened.meta.get("created"),
         "clipworks": opened.meta.get("clipworks"),
         "version": (1 << 64) - 1 - int(Path(opened.version).stem),
         "writer": owner(place),
     }
+
+
+def _indexes(place: Path) -> dict[str, str]:
+    found = indexed.indexes(place)
+    return {k: f"recall {v['recall']:.3f}, {v['rows']:,} rows" if v else "damaged" for k, v in found.items()}

@@ -26,6 +26,7 @@ from .lock import NAME as LOCK
 from .lock import WriterLock
 from .table import (
     DTYPES,
+    INDEXES,
     INTERNAL,
     OWN,
     SNAPSHOT,
@@ -234,7 +235,7 @@ def _check_place(path: Path) -> None:
     """Refuse a folder that holds something else."""
     if path.exists() and not path.is_dir():
         raise CollectionError(f"{str(path)!r} is a file; a collection is a folder of its own.")
-    own = {TABLE, LOCK, JOURNAL, SNAPSHOT}
+    own = {TABLE, LOCK, JOURNAL, SNAPSHOT, INDEXES}
     found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     strange = [name for name in found if name not in own and not name.startswith(".")]
     if strange:
