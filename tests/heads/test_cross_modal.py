@@ -51,7 +51,7 @@ def test_without_words_it_is_the_linear_probe():
 
 def test_words_alone_decide_where_their_share_is_large():
     x, y, words = shots(noise=2.0, word_noise=1.0)
-    head = CrossModalProbe(text=words, C=1e-4, share=1e6).fit(x, y)
+    head = CrossModalProbe(text=words, C=1e-4, share=1e6, tol=1e-9).fit(x, y)
     means = LogisticRegression(C=1e-4 * 1e6 * 8, tol=1e-9, max_iter=5000).fit(words, np.arange(6))
     np.testing.assert_array_equal(head.predict(x), means.predict(x))
 

@@ -39,7 +39,6 @@ class CrossModalProbe(Head):
     C : inverse strength of the penalty; default: the best on images left out
     share : weight of all words, in units of the weight of all images (1: paper)
     folds : parts of the shots that are left out in turn
-    halvings : how often the step around the best C is halved, from one decade
     max_iter, tol : of the last fit: rounds, and the largest entry of the gradient per image (1e-4: as scikit-learn)
 
     Attributes
@@ -74,13 +73,12 @@ class CrossModalProbe(Head):
         alpha: None = None,
         C: float | None = None,
         share: float = 1.0,
-        folds: int = 5,
-        halvings: int = 2,
+        folds: int = 3,
         max_iter: int = 1000,
         tol: float = 1e-4,
     ):
         self.text, self.alpha, self.C, self.share = text, alpha, C, share
-        self.folds, self.halvings, self.max_iter, self.tol = folds, halvings, max_iter, tol
+        self.folds, self.max_iter, self.tol = folds, max_iter, tol
 
     def _learn(self, shots: Shots) -> Choice:
         check_range("folds", self.folds, 2)
@@ -99,7 +97,7 @@ class CrossModalProbe(Head):
         choice = self._choice(*splits)
         always = np.arange(number, len(rows))
         parts = [(whole.part(np.append(part, always)), whole.rotate(self._rows(held))) for part, held, _ in splits]
-        search(choice, parts, self.C, self.halvings)
+        search(choice, whole, parts, self.C)
         self.C_ = float(self.C or choice.setting or ONE_SHOT_C)
         self.coef_, self.intercept_, self.n_iter_ = whole.fit(self.C_, self.max_iter, self.tol)
         return choice

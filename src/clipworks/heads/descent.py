@@ -54,6 +54,75 @@ def adam(loss: Callable[[], torch.Tensor], weights: Sequence[torch.Tensor], rate
                 w.addcdiv_(mean, square.sqrt().mul_(scale).add_(1e-8), value=-now)
 
 
+def lbfgs(
+    loss: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    at: np.ndarray,
+    curvature: np.ndarray,
+    max_iter: int,
+    gtol: float,
+    ftol: float = 0.0,
+    memory: int = 6,
+) -> tuple[np.ndarray, float, float, int]:
+    """Find the minimum of a smooth convex loss by L-BFGS, in the precision of `at`.
+
+    The same as scipy's, whose own work on a matrix of weights, in float64, takes as long as the products with a
+    thousand shots. Returns the minimum, its loss, the largest entry of the gradient there and the rounds.
+
+    Parameters
+    ----------
+    loss : gives the loss at an array and its gradient there
+    at : where to start
+    curvature : about that of the loss along every entry (or one that broadcasts), which the first steps go by
+    max_iter, gtol, ftol : ends after so many rounds, with a gradient that has no larger entry, or with a round that
+        lowers the loss by no larger share
+    memory : rounds whose change of the gradient is remembered
+
+    References
+    ----------
+    Nocedal and Wright 2006, Numerical Optimization, algorithms 7.4 and 7.5
+
+    Examples
+    --------
+    >>> def bowl(w):
+    ...     return float(w @ w), 2 * w
+    >>> at, value, steepest, rounds = lbfgs(bowl, np.array([3.0, 1.0]), np.full(2, 8.0), 9, 1e-9)
+    >>> at.tolist(), rounds  # the first step is as long as the curvature given, the second as that which it found
+    ([0.0, 0.0], 2)
+    """
+    square, noise = (1 / curvature).astype(at.dtype), 8 * float(np.finfo(at.dtype).eps)
+    moves: list[tuple[np.ndarray, np.ndarray, float]] = []  # change of place and of gradient, 1 / their product
+    value, slope = loss(at)
+    rounds = 0
+    while rounds < max_iter and abs(slope).max() > gtol:
+        towards, shares = slope.copy(), []
+        for moved, bent, inverse in reversed(moves):
+            shares.append(inverse * np.vdot(moved, towards))
+            towards -= shares[-1] * bent
+        towards *= square
+        if moves:
+            moved, bent, inverse = moves[-1]
+            towards *= 1 / (inverse * np.vdot(bent, square * bent))
+        for (moved, bent, inverse), share in zip(moves, reversed(shares), strict=True):
+            towards += (share - inverse * np.vdot(bent, towards)) * moved
+        fall, step = float(np.vdot(slope, towards)), 1.0
+        while True:
+            there = at - at.dtype.type(step) * towards
+            lower, new = loss(there)
+            if lower <= value - 1e-4 * step * fall + noise * abs(value) or step < 1e-6:
+                break
+            # the minimum of the parabola through both values and the slope
+            step = min(max(fall * step**2 / 2 / (lower - value + step * fall), 0.1 * step), 0.5 * step)
+        moved, bent = there - at, new - slope
+        product = float(np.vdot(moved, bent))
+        if product > 0:
+            moves = [*moves[-memory + 1 :], (moved, bent, 1 / product)]
+        gain, at, value, slope = value - lower, there, lower, new
+        rounds += 1
+        if step < 1e-6 or (step == 1 and gain <= ftol * abs(value)):
+            break
+    return at, value, float(abs(slope).max()), rounds
+
+
 def train_and_choose(
     head: Head,
     shots: Shots,

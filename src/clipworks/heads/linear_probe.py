@@ -8,10 +8,11 @@ logits = SCALE * cos(x, t_c) + alpha * (W x + b)_c where class words t_c are giv
 
 Paper: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, section 3.2.
 Differs from the paper: C is chosen by cross-validation on the shots instead of a validation set (which `validation=`
-brings back), over the paper's seven values and two halvings around the best (paper: eight). L-BFGS runs in the
+brings back), among the decades of the paper's range (paper: every second one, then eight halvings). L-BFGS runs in the
 coordinates of the shots' principal axes, each divided by the square root of its expected curvature; the minimum is the
 same. Fits for the choice are in float32, stop early and start from the last value of C; the search goes from strong
-penalties to weak and ends when two that fit the shots are worse than the best. The last fit is in float64, to `tol`.
+penalties to weak and ends where the shots are fitted, as weaker penalties change their answers no more. The last fit
+starts from the mean of the folds' and ends in float64, at `tol`.
 Two classes have two rows of weights, so the minimum is that of the two-class form of scikit-learn at twice the C.
 """
 
@@ -22,13 +23,15 @@ from typing import Any
 
 import numpy as np
 from scipy.linalg import eigh
-from scipy.optimize import minimize
 
 from ..errors import check_range
 from ..registry import method
 from .common import Choice, Head, Shots, unit
+from .descent import lbfgs
 
-GRID = tuple(10.0**k for k in range(-6, 7, 2))
+GRID = tuple(10.0**k for k in range(-2, 7))  # stronger penalties give the direction of the class means, as 1e-2 does
+FITTED = 0.1  # of the loss of a guess: with less left the shots are fitted
+SINGLE = 1e-5  # the gradient per image that float32 can tell from 0
 ONE_SHOT_C = 100.0  # where nothing can be left out: unit rows then get logits of a few units
 
 
@@ -41,8 +44,7 @@ class LinearProbe(Head):
     text : class-word vectors (C, dim), or `Features` of them whose labels name the classes; adds zero-shot logits
     alpha : weight of the probe beside the words; default: the best of 1e-4 ... 100 on images left out
     C : inverse strength of the penalty; default: the best on images left out
-    folds : parts of the shots that are left out in turn
-    halvings : how often the step around the best C is halved, from one decade (2; paper: 8)
+    folds : parts of the shots that are left out in turn (3: the choice among decades is no surer with more)
     max_iter, tol : of the last fit: rounds, and the largest entry of the gradient per image (1e-4: as scikit-learn)
 
     Attributes
@@ -74,12 +76,11 @@ class LinearProbe(Head):
         text: Any = None,
         alpha: float | None = None,
         C: float | None = None,
-        folds: int = 5,
-        halvings: int = 2,
+        folds: int = 3,
         max_iter: int = 1000,
         tol: float = 1e-4,
     ):
-        self.text, self.alpha, self.C, self.folds, self.halvings = text, alpha, C, folds, halvings
+        self.text, self.alpha, self.C, self.folds = text, alpha, C, folds
         self.max_iter, self.tol = max_iter, tol
 
     def _learn(self, shots: Shots) -> Choice:
@@ -88,7 +89,7 @@ class LinearProbe(Head):
             check_range("C", self.C, 1e-12)
         whole, splits = Regression(shots.x, shots.y, shots.classes), shots.splits(self.folds)
         choice = self._choice(*splits)
-        search(choice, [(whole.part(rows), whole.rotate(held)) for rows, held, _ in splits], self.C, self.halvings)
+        search(choice, whole, [(whole.part(rows), whole.rotate(held)) for rows, held, _ in splits], self.C)
         self.C_ = float(self.C or choice.setting or ONE_SHOT_C)
         self.coef_, self.intercept_, self.n_iter_ = whole.fit(self.C_, self.max_iter, self.tol)
         return choice
@@ -97,36 +98,22 @@ class LinearProbe(Head):
         return x @ self.coef_.T + self.intercept_
 
 
-def search(
-    choice: Choice, splits: list[tuple[Regression, np.ndarray]], only: float | None, halvings: int
-) -> None:
-    """Offer values of C to a choice: `only` that one, or the grid from strong penalties to weak, then around the best.
+def search(choice: Choice, whole: Regression, splits: list[tuple[Regression, np.ndarray]], only: float | None) -> None:
+    """Offer values of C to a choice, from strong penalties to weak, until they fit the shots of every split.
 
     Parameters
     ----------
     choice : made for the held-out images, split by split
+    whole : the problem of all shots, which gets the mean solution at the best C to start from
     splits : the training part and the rotated held-out rows of each
     only : the one value to offer, or None
-    halvings : of the step around the best, from one decade
     """
-    if not splits:
-        return
-
-    def offer(c: float) -> float:
-        return choice.offer(c, np.concatenate([part.step(c, rows) for part, rows in splits]).astype(float))
-
-    worse = 0
-    for c in GRID if only is None else (only,):
-        behind = offer(c) < choice.accuracy
-        # strong penalties all give the direction of the class means, whose accuracy only wavers until the fit begins
-        fitted = all(part.value < np.log(part.classes) / 2 for part, _ in splits)
-        worse = worse + 1 if behind and fitted else 0
-        if worse == 2:
+    for c in (GRID if only is None else (only,)) if splits else ():
+        choice.offer(c, np.concatenate([part.step(c, rows) for part, rows in splits]).astype(float))
+        if choice.setting == c:
+            whole.at = np.mean([part.at for part, _ in splits], 0)
+        if all(part.value < FITTED * np.log(part.classes) for part, _ in splits):
             break
-    for k in range(halvings if only is None else 0):
-        best = choice.setting
-        for c in (best / 10 ** 0.5**k, best * 10 ** 0.5**k):
-            offer(c)
 
 
 class Regression:
@@ -149,55 +136,56 @@ class Regression:
         kept = squares > max(squares[-1], 1e-300) * 1e-12
         self.squares = squares[kept] / self.weight.sum()  # mean squares along the axes
         self.axes = unit((root.T @ vectors[:, kept] if wide else vectors[:, kept]).T).T
-        self.z = centred @ self.axes
-        self.narrow = self.z.astype(np.float32)
-        self.at = np.zeros((self.z.shape[1] + 1, classes))  # the last solution; its last row is the intercept
+        self.x = x
+        self.rows = self.rotate(x, np.float32)
+        self.at = np.zeros((self.rows.shape[1], classes), np.float32)  # the last solution; its last row: intercepts
         self.value = np.inf  # of its loss and penalty
 
     def part(self, rows: np.ndarray) -> Regression:
         """The problem of some of the rows, in the same coordinates (which change the way to the minimum only)."""
         made = copy.copy(self)
-        made.weight, made.y, made.narrow = self.weight[rows], self.y[rows], self.narrow[rows]
+        made.weight, made.y, made.rows = self.weight[rows], self.y[rows], self.rows[rows]
         return made
 
-    def rotate(self, x: np.ndarray) -> np.ndarray:
-        """Return rows in the coordinates of the shots, float32, with a column of ones."""
-        return np.column_stack([(x - self.mean) @ self.axes, np.ones(len(x))]).astype(np.float32)
+    def rotate(self, x: np.ndarray, kind: type = np.float32) -> np.ndarray:
+        """Return rows in the coordinates of the shots, with a column of ones."""
+        rotated = np.ones((len(x), self.axes.shape[1] + 1), kind)
+        np.matmul((x - self.mean).astype(kind), self.axes.astype(kind), out=rotated[:, :-1])
+        return rotated
 
     def step(self, c: float, held: np.ndarray) -> np.ndarray:
-        """Return scores of rotated rows at C = c, roughly: in float32, from the last solution."""
-        self.solve(c, self.narrow, 100, 1e-4, 1e-4)
-        return held @ self.at.astype(np.float32)
+        """Return scores of rotated rows at C = c, roughly, from the last solution."""
+        self.solve(c, self.rows, 100, SINGLE, 0.01)
+        return held @ self.at
 
     def fit(self, c: float, max_iter: int, tol: float) -> tuple[np.ndarray, np.ndarray, int]:
         """Return weights (C, dim) and intercepts (C,) at C = c, and how many rounds it took."""
-        rounds = self.solve(c, self.narrow, max_iter, 1e-3, 1e-7)
-        rounds += self.solve(c, self.z, max_iter, tol, 1e-15)
+        steepest, rounds = self.solve(c, self.rows, max_iter, max(tol, SINGLE), 0.0)
+        if steepest > tol:
+            rounds += self.solve(c, self.rotate(self.x, np.float64), max_iter, tol, 0.0)[1]
         coef = (self.axes @ self.at[:-1]).T
         return coef, self.at[-1] - coef @ self.mean, max(rounds, 1)
 
-    def solve(self, c: float, z: np.ndarray, max_iter: int, gtol: float, ftol: float) -> int:
-        """Move `at` to the minimum of loss + |W|^2 / (2 C), both per unit of weight; returns the rounds."""
-        total, rows = self.weight.sum(), np.arange(len(z))
-        weight = (self.weight / total).astype(z.dtype)
-        scale = np.append(1 / np.sqrt(0.2 / self.classes * self.squares + 1 / (c * total)), 1.0)[:, None]
-        penalty = np.append(np.full(z.shape[1], 1 / (c * total)), 0.0)[:, None]
+    def solve(self, c: float, z: np.ndarray, max_iter: int, gtol: float, ftol: float) -> tuple[float, int]:
+        """Move `at` to the minimum of loss + |W|^2 / (2 C), both per unit of weight.
 
-        def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            at = scale * flat.reshape(self.at.shape)
-            logits = z @ at[:-1].astype(z.dtype)
-            logits += at[-1].astype(z.dtype)
+        Returns the largest entry of the gradient there, and the rounds it took.
+        """
+        total, number = self.weight.sum(), np.arange(len(z))
+        weight = (self.weight / total).astype(z.dtype)
+        penalty = np.append(np.full(len(self.squares), 1 / (c * total)), 0.0).astype(z.dtype)[:, None]
+        curvature = 0.5 / self.classes * np.append(self.squares, 1.0).astype(z.dtype)[:, None] + penalty
+
+        def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
+            logits = z @ at
             logits -= logits.max(1, keepdims=True)
-            own = logits[rows, self.y]
+            own = logits[number, self.y]
             np.exp(logits, out=logits)
             sums = logits.sum(1)
-            value = float(weight.astype(float) @ (np.log(sums) - own)) + float((penalty * at**2).sum()) / 2
+            value = weight @ (np.log(sums) - own).astype(float) + (penalty * at**2).sum(dtype=float) / 2
             logits *= (weight / sums)[:, None]
-            logits[rows, self.y] -= weight
-            gradient = np.vstack([z.T @ logits, logits.sum(0)[None]]) + penalty * at
-            return value, (scale * gradient).ravel()
+            logits[number, self.y] -= weight
+            return float(value), z.T @ logits + penalty * at
 
-        options = {"maxiter": max_iter, "gtol": gtol, "ftol": ftol, "maxfun": 2 * max_iter}
-        found = minimize(loss, (self.at / scale).ravel(), jac=True, method="L-BFGS-B", options=options)
-        self.at, self.value = scale * found.x.reshape(self.at.shape), float(found.fun)
-        return int(found.nit)
+        self.at, self.value, steepest, rounds = lbfgs(loss, self.at.astype(z.dtype), curvature, max_iter, gtol, ftol)
+        return steepest, rounds
