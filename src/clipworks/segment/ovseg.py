@@ -246,7 +246,8 @@ class OVSeg(TrainedDense):
         patch, size = base.config.vision.patch_size, image.shape[1:]
         sides = [max(patch, round(n * 2 * base.image_size / min(size) / patch) * patch) for n in size]
         resized = F.interpolate(image[None].to(base.dtype), sides, mode="bilinear", antialias=True)
-        found = self.parts_.decoder(tower_maps(enter(base, resized, sides=self.sides, memory=False)))
+        parts: Any = self.parts_
+        found = parts.decoder(tower_maps(enter(base, resized, sides=self.sides, memory=False)))
         masks = F.interpolate(found.masks, size, mode="bilinear", align_corners=False)[0].sigmoid() > BINARY
         masks = masks[masks.flatten(1).any(1)]
         if not len(masks):
