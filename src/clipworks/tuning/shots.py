@@ -91,7 +91,7 @@ def as_given(images: Any) -> Any:
     return torch.from_numpy(np.ascontiguousarray(images)) if real else images
 
 
-def listed_captions(captions: Any, shots: Shots, templates: Sequence[str]) -> list[list[str]]:
+def listed_captions(captions: Any, shots: Shots, templates: Sequence[str] = ()) -> list[list[str]]:
     """Return the captions of every image as lists of the same length; of None the templates around its class.
 
     Parameters
