@@ -41,7 +41,7 @@ def photos(folder: Path, count: int) -> list[dict[str, Any]]:
     """Entries with two large enough things or more, one of them alone of its name."""
     found = []
     for entry in json.loads((folder / "coco_mini.json").read_text(encoding="utf-8")):
-        things = [t for t in entry.get("instances") or () if t["area"] >= SMALLEST]
+        things = [t for t in entry.get("instances") or () if t["segmentation"] and t["area"] >= SMALLEST]
         names = [t["category"] for t in things]
         once = [n for n, name in enumerate(names) if names.count(name) == 1]
         if len(things) > 1 and once:
