@@ -18,15 +18,18 @@ __all__ = ["load", "models", "save"]
 
 BUNDLED = Path(__file__).with_name("weights")
 DEFAULT = "clipworks-small"
+EXPORT = "clipworks-export.json"  # in a folder of another runtime, see `runtime.folder`
 
 
 def load(
     name_or_path: str | os.PathLike = DEFAULT,
     *,
     device: str | torch.device = "cpu",
-    precision: str = "fp32",
+    precision: str | None = None,
     sha256: str | None = None,
     image_size: int | None = None,
+    runtime: str | None = None,
+    images: Any = None,
 ) -> Encoder:
     """Load an encoder with its tokenizer and its preprocessing.
 
@@ -39,12 +42,17 @@ def load(
         a bundled name (the default; needs no network),
         a published name of `models()`, such as "ViT-B-32/openai", if it is in the local Hugging Face cache,
         "hf:org/name" or "hf:org/name@revision", from that cache or else downloaded,
-        a path to a weights file, or to a folder that holds one,
+        a path to a weights file, to a folder that holds one, or to one that `clipworks export` made,
         "ViT-B-32-quickgelu:weights.pt", an architecture of open_clip and a state dictionary without configuration
-    device : where the weights go
-    precision : "fp32", "bf16", "fp16" or "auto" (see `precision.choose`)
+    device : where the weights go; "auto" is CUDA where there is one, else the CPU with the fastest runtime that is
+        true to fp32 on `images` (torch in fp32 without them)
+    precision : "fp32", "bf16", "fp16" or "auto" (see `precision.choose`); "int8" where the runtime has it (default:
+        fp32; of an exported encoder its own; "auto" with another runtime)
     sha256 : expected digest of the weights file, 64 hexadecimal digits; checked before anything is parsed
     image_size : another side of the images in pixels; positions are interpolated
+    runtime : "torch" (default), "openvino", "onnxruntime", or "auto" for the fastest of them; made anew in every
+        process, so what is used often is better exported once (`encoders.runtime.export`)
+    images : images of yours that another runtime is measured on before it is used, as `open_source` takes them
 
     Returns
     -------
@@ -56,15 +64,52 @@ def load(
         If it is neither a name nor a path; the message offers the closest match.
     BadWeights
         If the file is damaged, is not safe to read, or has an unknown layout; the message says what was found.
+    encoders.runtime.Refused
+        If no form that was asked for is true to fp32.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        runtime = runtime or ("auto" if device == "cpu" and images is not None else None)
     place = _device(device)
-    encoder = _read(*_find(name_or_path), sha256)
+    path, architecture = _find(name_or_path)
+    if path.is_dir() and (path / EXPORT).is_file():
+        return _exported(path, place, precision, sha256, image_size, runtime)
+    if runtime not in (None, "torch"):
+        if images is None or place.type != "cpu":
+            raise ClipworksError(
+                f"runtime {runtime!r} is used on the CPU, after it was measured: give images=, images of yours, "
+                f"or export once (`clipworks export`) and load the folder. Got device {str(device)!r}, "
+                f"images {images!r:.40}."
+            )
+        from .runtime import fit
+
+        exact = load(name_or_path, sha256=sha256, image_size=image_size)
+        return fit(exact, str(runtime), precision or "auto", images=images)
+    encoder = _read(path, architecture, sha256)
     if image_size is not None:
         if not isinstance(image_size, int):
             raise ClipworksError(f"image_size must be a whole number of pixels. Got {image_size!r}.")
         check_range("image_size", image_size, encoder.config.vision.patch_size)
         encoder.resize(image_size=image_size)
-    return encoder.to(place).to_precision(precision)
+    return encoder.to(place).to_precision(precision or "fp32")
+
+
+def _exported(
+    folder: Path,
+    place: torch.device,
+    precision: str | None,
+    sha256: str | None,
+    image_size: int | None,
+    runtime: str | None,
+) -> Encoder:
+    from .runtime import load_export
+
+    if sha256 is not None or image_size is not None:
+        raise ClipworksError(f"{folder} is an exported encoder: it has digests of its own, and one size of images.")
+    encoder = load_export(folder)
+    if runtime not in (None, "auto", encoder.runtime):
+        raise ClipworksError(f"runtime of the export {str(folder)!r} is {encoder.runtime!r}. Got {runtime!r}.")
+    return encoder.to(place).to_precision(precision or "auto")
 
 
 def models() -> list[dict[str, Any]]:

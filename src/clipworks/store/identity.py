@@ -24,6 +24,7 @@ def describe(encoder: Encoder, source: str | None = None) -> dict[str, Any]:
         "source": source or getattr(encoder, "source", None),
         "dim": encoder.dim,
         "precision": encoder.precision,
+        **({"runtime": encoder.runtime} if hasattr(encoder, "runtime") else {}),
         "fast": bool(getattr(preprocess, "fast", False)),
         "preprocess": str(getattr(preprocess, "fingerprint", "")),
         "tokenizer": str(getattr(encoder.tokenizer, "fingerprint", "none")),

@@ -45,7 +45,7 @@ def load(tensors: Tensors) -> Encoder:
         config = EncoderConfig.from_dict(record["config"])
     except ClipworksError as error:
         raise BadWeights(f"{tensors.path}: {error}") from error
-    tokenizer = _read_tokenizer(record.get("tokenizer"), tensors.path)
+    tokenizer = read_tokenizer(record.get("tokenizer"), tensors.path)
     return build(config, expand(tensors.values, str(tensors.path)), tokenizer, str(tensors.path))
 
 
@@ -101,7 +101,7 @@ def save(encoder: Encoder, path: str | os.PathLike, quantize: str | None = None)
     _check_structure(encoder, values)
     if quantize:
         values = shrink(values)
-    record = {"version": VERSION, "config": config.to_dict(), "tokenizer": _write_tokenizer(encoder.tokenizer)}
+    record = {"version": VERSION, "config": config.to_dict(), "tokenizer": write_tokenizer(encoder.tokenizer)}
     metadata = {KEY: json.dumps(record, sort_keys=True)}
     # clones: safetensors refuses tensors that share memory, and two names may well share it in a tied model
     data = serialise({n: t.clone() for n, t in values.items()}, metadata=metadata)
@@ -185,7 +185,8 @@ def expand(values: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tenso
 # -- tokenizer -----------------------------------------------------------------------------------------------------
 
 
-def _write_tokenizer(tokenizer: Any) -> dict[str, Any] | None:
+def write_tokenizer(tokenizer: Any) -> dict[str, Any] | None:
+    """What a file says of a tokenizer, ready for JSON."""
     if tokenizer is None:
         return None
     if isinstance(tokenizer, CLIPTokenizer):
@@ -200,7 +201,8 @@ def _write_tokenizer(tokenizer: Any) -> dict[str, Any] | None:
     )
 
 
-def _read_tokenizer(record: Any, path: Path) -> Any:
+def read_tokenizer(record: Any, path: Path) -> Any:
+    """The tokenizer that such an entry describes; `path` is what errors name."""
     if record is None:
         return None
     try:
