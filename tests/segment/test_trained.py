@@ -193,6 +193,12 @@ def test_messages(encoder, change, message):
         Probe(encoder, steps=1).fit(**given)
 
 
+def test_a_name_alone_says_that_it_has_to_be_trained(encoder):
+    for name in ("denseclip", "maft-plus"):
+        with pytest.raises(ClipworksError, match=f"method '{name}' has to be trained"):
+            segment(photos(1)[0][0], NAMES, method=name, encoder=encoder)
+
+
 def test_unfitted_says_so(encoder):
     with pytest.raises(ValueError, match="not fitted"):
         Probe(encoder).predict(photos(1)[0])
