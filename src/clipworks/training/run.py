@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 
 from ..errors import ClipworksError, check_choice, need
-from .checkpoint import checkpoints, newest_checkpoint, read_state, read_tensors, save_checkpoint, write_json
+from .checkpoint import (
+    checkpoints,
+    newest_checkpoint,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
 from .ema import EMA
 from .gather import agree, processes, rank
 from .optim import BETAS, adamw, parameter_groups, still
@@ -233,5 +242,8 @@ class Run:
                 save(self.encoder, self.out / f"{file}.safetensors")
         report.encoder = self.encoder
         if self.out is not None and rank() == 0:
+            if report.parts:
+                parts = {name: value.contiguous() for name, value in report.parts.items()}
+                write_atomically(self.out / "parts.safetensors", lambda path: save_file(parts, path))
             write_json(self.out / "report.json", report.as_dict())
         return report
