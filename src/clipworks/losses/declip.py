@@ -80,9 +80,9 @@ def declip(
     Examples
     --------
     >>> rows, patches = torch.eye(4), torch.eye(3)[None]
-    >>> found = declip(rows, rows, patches, torch.eye(3)[None])
+    >>> found = declip(rows, rows.roll(1, 0), patches, torch.eye(3)[None])  # every box shows something else
     >>> {name: round(abs(value.item()), 4) for name, value in found.items()}
-    {'content': 0.0, 'context': 0.0}
+    {'content': 1.0, 'context': 0.0}
     """
     check_choice("form", form, FORMS)
     check_range("weight", weight, 0.0)

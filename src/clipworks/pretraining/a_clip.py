@@ -33,7 +33,7 @@ from ..registry import get_method, method
 from ..training.augment import Augment, open_image
 from ..training.gather import gather
 from ..training.recipe import ContrastiveRecipe
-from .parts import ModuleRecipe, head, need_vit, unprojected
+from .parts import ModuleRecipe, follow, head, need_vit, unprojected
 
 if TYPE_CHECKING:
     from ..data.item import Item
@@ -182,8 +182,7 @@ class AttentiveRecipe(ModuleRecipe):
         if self.byol:
             pairs.append((self.slow_projector, self.projector))
         for slow, fast in pairs:
-            for old, new in zip(slow.parameters(), fast.parameters(), strict=True):
-                old.mul_(decay).add_(new, alpha=1 - decay)
+            follow(slow, fast, decay)
 
     @torch.no_grad()
     def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

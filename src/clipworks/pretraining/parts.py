@@ -122,3 +122,10 @@ def unprojected_text(text: Any, tokens: torch.Tensor, output: TowerOutput) -> to
         return x[:, 0 if config.pool == "first" else -1]
     seen = tokens[:, : x.shape[1]] != config.pad_id if config.mask_padding else None
     return masked_mean(x, seen)
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, decay: float) -> None:
+    """Move the parameters of a slow copy towards those of the module: slow <- decay slow + (1 - decay) fast."""
+    for old, new in zip(slow.parameters(), fast.parameters(), strict=True):
+        old.mul_(decay).add_(new, alpha=1 - decay)
