@@ -14,7 +14,7 @@ scale of memory in the place of three, no deformable attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,9 @@ from ..errors import ClipworksError, check_range
 from .common import Hidden, enter
 
 VOID_STD = 0.02  # of the "no object" vector's start
+
+# from the number of a layer, the queries (B, Q, width) behind it and the masks before it to the queries that go on
+Change = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -72,16 +75,21 @@ class MaskDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.draw = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
-    def forward(self, maps: Sequence[torch.Tensor]) -> Proposals:
-        """Proposals from maps (B, channels, h, w), coarse to fine; masks have the finest grid."""
+    def forward(self, maps: Sequence[torch.Tensor], change: Change | None = None) -> Proposals:
+        """Proposals from maps (B, channels, h, w), coarse to fine; masks have the finest grid.
+
+        `change` may put something into the queries behind every layer, before they propose.
+        """
         coarse, x = self.pixels(maps)
         grid = (coarse.shape[2], coarse.shape[3])
         memory = self.memory_norm(coarse.flatten(2).transpose(1, 2))
         memory = memory + sine_positions(*grid, coarse.shape[1]).to(memory)
         queries, places = (q.expand(len(x), -1, -1) for q in (self.queries, self.places))
         found = [self._propose(queries, x)]
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             queries = layer(queries, places, memory, _seen(found[-1].masks, grid))
+            if change is not None:
+                queries = change(number, queries, found[-1].masks)
             found.append(self._propose(queries, x))
         found[-1].earlier = found[:-1]
         return found[-1]
