@@ -102,14 +102,15 @@ def main() -> None:
                 if e.get("captions") and not e.get("instances")]  # fmt: skip
     answers = questions(encoder, entries, encoder.texts(captions[:BANK]).numpy())
     draws = np.random.default_rng(SEED).integers(0, len(answers["crop"]), (2000, len(answers["crop"])))
-    crop = np.array(answers["crop"], float)
+    against = {name: np.array(answers[name], float) for name in ("crop", "crop and blurred box (ReCLIP)")}
     accuracy: dict[str, Any] = {}
     for name, right in answers.items():
-        gain = (np.array(right, float) - crop)[draws].mean(1)
-        between = [round(100 * float(v), 2) for v in np.percentile(gain, [2.5, 97.5])]
-        accuracy[name] = {"accuracy": round(100 * float(np.mean(right)), 2), "over crop, 95 %": between}
-        print(f"{name:45} {accuracy[name]['accuracy']:6.2f}  {accuracy[name]['over crop, 95 %']}", flush=True)
-    path = record("referring", {"encoder": encoder.fingerprint, "photos": len(entries), "questions": len(crop),
+        accuracy[name] = {"accuracy": round(100 * float(np.mean(right)), 2)}
+        for other, base in against.items():
+            gain = 100 * (np.array(right, float) - base)[draws].mean(1)
+            accuracy[name][f"over {other}, 95 %"] = [round(float(v), 2) for v in np.percentile(gain, [2.5, 97.5])]
+        print(f"{name:45}", *accuracy[name].values(), flush=True)
+    path = record("referring", {"encoder": encoder.fingerprint, "photos": len(entries), "questions": len(draws[0]),
                                 "accuracy": accuracy}, SEED)  # fmt: skip
     print(path)
 
