@@ -82,6 +82,14 @@ def test_the_choice_is_the_most_accurate_and_the_first_among_equals():
     for name, scores in (("a", half), ("b", right), ("c", 2 * right)):
         choice.offer(name, scores)
     assert (choice.setting, choice.accuracy) == ("b", 1.0)
+    calm = 2 * right
+    calm[3] = [0.0, 0.5, 0.0]  # wrong, but not sure of it
+    sure = np.where(np.arange(4)[:, None] == 3, 20 * calm, calm)
+    for offered in ((sure, calm), (calm, sure), (calm, 5 * calm)):  # each right in three of four
+        choice = Choice(y, None, (1.0,))
+        for scores in offered:
+            assert choice.offer(id(scores), scores) == 0.75
+        assert choice.setting == id(calm)
     wrong_words = Choice(y, -right, (0.1, 10.0))
     wrong_words.offer("b", right)
     assert (wrong_words.alpha, wrong_words.accuracy) == (10.0, 1.0)

@@ -39,16 +39,22 @@ def left_out(keys, owner, words, beta, **kwargs):
     return found
 
 
-def nested(grid, zero, votes_of, y):
-    """Every triple computed anew, kept where it is better than all before."""
-    best = (-1.0,)
+def triples(grid, zero, votes_of):
+    """Every beta, alpha and gamma with its logits."""
     for beta in grid["betas"]:
         similar, alike = votes_of(beta)
         for alpha in grid["alphas"]:
             for gamma in grid["gammas"]:
-                accuracy = np.mean((zero + alpha * similar + gamma * alike).argmax(1) == y)
-                if accuracy > best[0]:
-                    best = (accuracy, beta, alpha, gamma)
+                yield (beta, alpha, gamma), zero + alpha * similar + gamma * alike
+
+
+def nested(grid, zero, votes_of, y):
+    """Every triple computed anew, kept where it is better than all before."""
+    best = (-1.0,)
+    for triple, logits in triples(grid, zero, votes_of):
+        accuracy = np.mean(logits.argmax(1) == y)
+        if accuracy > best[0]:
+            best = (accuracy, *triple)
     return best
 
 

@@ -45,7 +45,7 @@ class CapSAdapter(Head):
     alpha, beta : weight and sharpness of the vote by similarity; default: the best of `alphas`, `betas`
     gamma : weight of the vote by signatures; default: the best of `gammas`
     delta : share of the captions in the similarity, in [0, 1]; default: the best of `deltas`
-    alphas, betas, gammas, deltas : values to try; among equals the smallest delta, then beta, alpha, gamma
+    alphas, betas, gammas, deltas : values to try; among equals as in `tip_adapter`
     temperature : T of the signatures (0.5: release)
 
     Attributes
@@ -133,7 +133,7 @@ class CapSAdapter(Head):
         choice = self._choice(shots.held)
         if len(choice.y):
             mixed, likes = self._asked(*shots.held, shots.held_images)
-            self.delta_, self.beta_, self.gamma_ = choose(choice, deltas, mixed, likes, grids)
+            self.delta_, self.beta_, self.gamma_ = choose(choice, shots, deltas, mixed, likes, grids)
         return choice
 
     def _asked(

@@ -41,7 +41,7 @@ class Ridge(Head):
     text : class-word vectors (C, dim), or `Features` of them whose labels name the classes; adds zero-shot logits
     alpha : weight of the regression beside the words; default: the best of 0.01 ... 1e4 on images left out
     strength : penalty on the squared weights; default: the best of `strengths` on images left out
-    strengths : penalties to try; among equals the strongest is taken (1e-3 to 1e3 in half decades)
+    strengths : penalties to try (1e-3 to 1e3 in half decades)
 
     Attributes
     ----------

@@ -26,7 +26,7 @@ from scipy.special import log_softmax
 from ..errors import ClipworksError, check_range
 from ..registry import method
 from .common import SCALE, Choice, Head, Shots, zero_shot
-from .tip_adapter import CELLS, WEIGHTS, Asked, Cache, count_right, grid
+from .tip_adapter import CELLS, WEIGHTS, Asked, Cache, best_of, count_right, grid
 
 BETAS = tuple(float(k) for k in range(1, 51))
 GAMMAS = tuple(0.6 * k for k in range(51))
@@ -43,7 +43,7 @@ class SusX(Head):
         gives the signatures (without text there is no third term)
     alpha, beta : weight and sharpness of the vote by similarity; default: the best of `alphas`, `betas`
     gamma : weight of the vote by signatures; default: the best of `gammas`
-    alphas, betas, gammas : values to try; among equals the smallest beta, then alpha, then gamma
+    alphas, betas, gammas : values to try; among equals as in `tip_adapter`
     temperature : T of the signatures (0.5: release)
 
     Attributes
@@ -96,7 +96,7 @@ class SusX(Head):
         choice = self._choice(shots.held)
         if held:
             likes = [likeness(part, self.keys_, self.text_, self.temperature) for part in held]
-            _, self.beta_, self.gamma_ = choose(choice, (0.0,), lambda _: held, likes, grids)
+            _, self.beta_, self.gamma_ = choose(choice, shots, (0.0,), lambda _: held, likes, grids)
         return choice
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
@@ -180,6 +180,7 @@ def tally(held: Sequence[Asked], likes: Sequence[np.ndarray], grids: Grids) -> n
 
 def choose(
     choice: Choice,
+    shots: Shots,
     deltas: Sequence[float],
     mixed: Callable[[float], Sequence[Asked]],
     likes: Sequence[np.ndarray],
@@ -190,15 +191,16 @@ def choose(
     Parameters
     ----------
     choice : empty, of the held-out images
+    shots : that they come from
     deltas : shares of the captions
     mixed : from one of them to the held-out images with the distances that follow
     likes : `likeness` of each of their parts
     grids : values of beta, alpha and gamma to try
     """
     right = np.stack([tally(mixed(delta), likes, grids) for delta in deltas])
-    best = np.unravel_index(right.argmax(), right.shape)
-    delta, beta, alpha, gamma = (values[int(k)] for values, k in zip((deltas, *grids), best, strict=True))
     choice.alphas = (1.0,)  # the weights are in the scores
-    choice.offer(None, weighed(mixed(delta), likes, beta, alpha, gamma))
-    choice.alpha = alpha
+    for best in best_of(right, shots):
+        delta, beta, alpha, gamma = setting = tuple(v[k] for v, k in zip((deltas, *grids), best, strict=True))
+        choice.offer(setting, weighed(mixed(delta), likes, beta, alpha, gamma))
+    delta, beta, choice.alpha, gamma = choice.setting
     return delta, beta, gamma

@@ -32,6 +32,7 @@ BETAS = tuple(0.25 * k for k in range(1, 201))
 WEIGHTS = (0.0, *(float(w) for w in np.geomspace(0.1, 50, 20)))
 START = (1.0, 1.17)  # beta and alpha while keys are trained
 CELLS = 1 << 17  # numbers worked on at a time, a megabyte
+EQUALS = 25  # equally good settings that are compared by their likelihood
 
 
 @method(card="caps-adapter", level="M")
@@ -44,7 +45,7 @@ class TipAdapter(Head):
     alpha : weight of the vote beside the words; default: the best of `alphas` on images left out
     beta : sharpness of the vote; default: the best of `betas` on images left out
     finetune : train the keys (Tip-Adapter-F)
-    alphas, betas : values to try; among equals the smallest beta, then the smallest alpha
+    alphas, betas : values to try; among equals the first on `validation=`, else the likeliest of some (`best_of`)
     folds : parts of the shots that are left out in turn where keys are trained
     epochs, lr, batch_size : of the training: AdamW with a cosine schedule (20, 1e-3, 256: release)
     seed : of the order of the shots in training
@@ -114,9 +115,10 @@ class TipAdapter(Head):
             held += cache.blocks(*shots.held, shots.held_images, self.text_)
         self.keys_, self.owners_, self.beta_ = cache.keys, cache.owners, betas[0] if len(betas) == 1 else START[0]
         if held:
-            self.beta_, alpha = search(held, betas, alphas)
-            choice.alphas = (alpha,)
-            choice.offer(self.beta_, np.concatenate([part.votes(self.beta_) for part in held], axis=1).T)
+            for k, a in best_of(search(held, betas, alphas), shots):
+                choice.alphas = (alphas[a],)
+                choice.offer(betas[k], np.concatenate([part.votes(betas[k]) for part in held], axis=1).T)
+            self.beta_ = choice.setting
         return choice
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
@@ -230,8 +232,8 @@ class Asked:
         return found
 
 
-def search(held: Sequence[Asked], betas: Sequence[float], alphas: Sequence[float]) -> tuple[float, float]:
-    """Return the beta and alpha (both ascending) under which most images are right, the first of equals."""
+def search(held: Sequence[Asked], betas: Sequence[float], alphas: Sequence[float]) -> np.ndarray:
+    """Return how many images are right under every beta and alpha (both ascending), (betas, alphas)."""
     right = np.zeros((len(betas), len(alphas)), int)
     for part in held:
         step = max(1, CELLS // part.zero.size)
@@ -239,8 +241,23 @@ def search(held: Sequence[Asked], betas: Sequence[float], alphas: Sequence[float
             chosen = slice(start, start + step)
             votes = np.stack([part.votes(beta) for beta in betas[chosen]])
             right[chosen] += count_right(part.zero, votes, part.y, alphas)
-    beta, alpha = divmod(int(right.argmax()), len(alphas))
-    return betas[beta], alphas[alpha]
+    return right
+
+
+def best_of(right: np.ndarray, shots: Shots) -> np.ndarray:
+    """Return the places (k, axes) of the highest count: on validation images the first one, as the releases take.
+
+    A few shots that answer for each other leave many equals, the first of which gives the shots next to no weight: then
+    these are up to `EQUALS` of them, evenly spread, for a `Choice` to compare by their likelihood.
+
+    >>> shots = Shots(np.eye(2), np.arange(2), 2, np.arange(2))
+    >>> best_of(np.array([[1, 2], [2, 0]]), shots).tolist()
+    [[0, 1], [1, 0]]
+    """
+    places = np.argwhere(right == right.max())
+    if shots.validation is not None:
+        return places[:1]
+    return places[np.unique(np.linspace(0, len(places) - 1, EQUALS).round().astype(int))]
 
 
 def count_right(base: np.ndarray, slope: np.ndarray, y: np.ndarray, weights: Sequence[float]) -> np.ndarray:
