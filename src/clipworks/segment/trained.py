@@ -360,8 +360,11 @@ def _sources(images: Any, encoder: Encoder) -> list[Any]:
     listed = check_images(images)
     config = encoder.config.preprocess
     mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (config.mean, config.std))
-    return [
-        np.ascontiguousarray((255 * (x.cpu().float().numpy() * std + mean)).round().clip(0, 255)
-                             .astype(np.uint8).transpose(1, 2, 0))
-        if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in listed
-    ]  # fmt: skip
+
+    def source(image: Any) -> Any:
+        if not (isinstance(image, torch.Tensor) and image.is_floating_point()):
+            return image
+        values = 255 * (image.cpu().float().numpy() * std + mean)
+        return np.ascontiguousarray(values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+    return [source(image) for image in listed]
