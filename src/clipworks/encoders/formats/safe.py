@@ -11,11 +11,12 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ...errors import BadWeights
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 ITEM_BITS = {

@@ -17,11 +17,14 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import regex
-import torch
 
 from . import common
+
+if TYPE_CHECKING:
+    import torch
 
 VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 MERGES = 49152 - 256 - 2  # merges of the file that CLIP uses; the file holds more
@@ -150,6 +153,13 @@ class CLIPTokenizer:
         ClipworksError
             For entries that are not strings, and for a long text with `on_long="error"`.
         """
+        rows, cut = self.rows(texts, context_length, on_long)
+        return common.pad(rows, self.pad_id), cut
+
+    def rows(
+        self, texts: str | Sequence[str], context_length: int = 77, on_long: str = "truncate"
+    ) -> tuple[list[list[int]], int]:
+        """As `encode`, each text as a list that is not padded."""
         common.check_on_long(on_long)
         rows, cut = [], 0
         for i, text in enumerate(common.as_list(texts)):
@@ -161,7 +171,7 @@ class CLIPTokenizer:
             body, was_cut = common.fit(body, context_length, 2, on_long, text, i)
             rows.append([self.start_id, *body, self.eot_id])
             cut += was_cut
-        return common.pad(rows, self.pad_id), cut
+        return rows, cut
 
     def chunks(
         self, texts: str | Sequence[str], context_length: int = 77
@@ -172,6 +182,8 @@ class CLIPTokenizer:
         -------
         (ids, owner) : int64 tensors (M, L) and (M,); `owner[j]` is the text that row j belongs to, in order
         """
+        import torch
+
         space = common.room(context_length, 2)
         rows, owner = [], []
         for i, text in enumerate(common.as_list(texts)):

@@ -10,10 +10,12 @@ from __future__ import annotations
 import html
 import string
 from collections.abc import Iterable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from ...errors import ClipworksError, check_choice
+
+if TYPE_CHECKING:
+    import torch
 
 ON_LONG = ("truncate", "error")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -55,6 +57,8 @@ def fit(
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> torch.Tensor:
     """Stack rows into one int64 matrix, padded on the right to `length` (default: the longest row)."""
+    import torch  # here, since token lists alone do not need it
+
     width = length if length is not None else max((len(r) for r in rows), default=0)
     table = torch.full((len(rows), width), pad_id, dtype=torch.long)
     for i, row in enumerate(rows):

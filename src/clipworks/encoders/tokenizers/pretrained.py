@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ...errors import BadWeights, ClipworksError, check_choice
 from . import common
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_BYTES = 256 << 20  # the largest real file (XLM-V, 900,000 pieces) has about 60 MB
 
@@ -104,6 +105,13 @@ class PretrainedTokenizer:
 
         With `fixed_length` the rows always have `context_length` columns.
         """
+        rows, cut = self.rows(texts, context_length, on_long)
+        return common.pad(rows, self.pad_id, context_length if self.fixed_length else None), cut
+
+    def rows(
+        self, texts: str | Sequence[str], context_length: int, on_long: str = "truncate"
+    ) -> tuple[list[list[int]], int]:
+        """As `encode`, each text as a list that is not padded."""
         common.check_on_long(on_long)
         listed = common.as_list(texts)
         rows, cut = [], 0
@@ -113,10 +121,12 @@ class PretrainedTokenizer:
             )
             rows.append([*self.prefix, *body, *self.suffix])
             cut += was_cut
-        return common.pad(rows, self.pad_id, context_length if self.fixed_length else None), cut
+        return rows, cut
 
     def chunks(self, texts: str | Sequence[str], context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Split long texts between words; result as in `CLIPTokenizer.chunks`."""
+        import torch
+
         space = common.room(context_length, len(self.prefix) + len(self.suffix))
         rows, owner = [], []
         for i, encoded in enumerate(self._encode(texts)):
