@@ -40,11 +40,11 @@ def make(path: Path, rows: int, dim: int, encoder: bool = False) -> str:
     """A collection of so many rows, and the digest of its vectors."""
     import clipworks
     from clipworks.store.collection import Collection, new_meta
-    from clipworks.store.identity import describe
+    from clipworks.store.identity import recorded
     from clipworks.store.table import make_schema
     from clipworks.store.writer import Writer
 
-    identity = describe(clipworks.load(), "clipworks-small") if encoder else {}
+    identity = recorded(clipworks.load(), "clipworks-small") if encoder else {}
     state = hashlib.sha256()
     with Writer(path, make_schema(dim, "float16", new_meta(identity))) as writer:
         for start in range(0, rows, BLOCK):
@@ -148,12 +148,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(given.folder or temporary)
         digest = make(place / "large", given.rows, given.dim)
+        # recorded after every step: the whole takes long, and what is there may be looked at
         results["exact"] = child(given.threads, "--part", "ask", str(place / "large"), "exact")
         print("exact", results["exact"], flush=True)
         for kind in given.kinds.split(","):
             results[kind] = {what: child(given.threads, "--part", what, str(place / "large"), kind)
                              for what in ("build", "ask")}  # fmt: skip
             print(kind, results[kind], flush=True)
+            record(given.name, results, SEED, digest)
         if given.repeats:
             make(place / "small", 100_000, 512, encoder=True)
             results["cold search, 100,000 images"] = cold(place / "small", given.repeats)

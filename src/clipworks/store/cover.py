@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from .collection import Collection
 
@@ -66,6 +65,8 @@ def cover(folder: Path, version: str, opened: Collection) -> Cover:
 
 
 def _match(table: pa.Table, opened: Collection) -> np.ndarray:
+    import pyarrow.compute as pc
+
     rows = opened.arrow(["key", "_check"])
     entry = pc.fill_null(pc.index_in(rows["key"], value_set=table["key"].combine_chunks()), -1)
     entry = entry.to_numpy().astype(np.int64)

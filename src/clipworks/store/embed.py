@@ -21,7 +21,7 @@ from ..progress import Progress
 from . import snapshot
 from .changes import Known, UserColumns, read_once
 from .collection import new_meta
-from .identity import check_same, describe, obtain
+from .identity import check_same, describe, obtain, recorded
 from .table import DTYPES, is_collection, make_schema, open_table, read_meta
 from .writer import Writer
 
@@ -173,7 +173,8 @@ def embed(
     check_same(
         path, meta["encoder"], identity, "choose another place, give the encoder that made it, or overwrite=True."
     )
-    schema = make_schema(model.dim, dtype or "float16", new_meta(identity))
+    made_by = recorded(model, name) if not meta["encoder"] else identity
+    schema = make_schema(model.dim, dtype or "float16", new_meta(made_by))
     with Writer(path, schema, overwrite=overwrite) as writer:
         if dtype not in (None, writer.dtype) or writer.dim != model.dim:
             raise CollectionError(

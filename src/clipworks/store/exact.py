@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from ..encoders.precision import fast_matmul
 from ..errors import ClipworksError, check_choice, check_range
+from .table import MEMORY
 
-MEMORY = 256 * 2**20
 FEW, MANY = 3, 16  # up to FEW queries go one by one; from MANY on bf16 pays for its conversion
 BLOCK = 2048  # rows converted and multiplied at once; larger blocks leave the cache
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CollectionError
+from .journal import sha256
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
@@ -32,9 +34,27 @@ def describe(encoder: Encoder, source: str | None = None) -> dict[str, Any]:
     }
 
 
+def recorded(encoder: Encoder, source: str | None = None) -> dict[str, Any]:
+    """As `describe`, with the SHA-256 of the weights file that was loaded by name: for a new collection."""
+    path = weights_file(source)
+    return describe(encoder, source) | ({} if path is None else {"weights": sha256(path)})
+
+
+def weights_file(source: str | None) -> Path | None:
+    """The weights file of the package or of the user that a name stands for; None for any other name."""
+    from .. import encoders
+
+    if not source:
+        return None
+    bundled = Path(encoders.__file__).with_name("weights") / f"{source}.safetensors"  # as `encoders.loading` finds it
+    given = Path(source)
+    found = bundled if bundled.name == f"{source}.safetensors" else given
+    return next((p for p in (found, given) if p.suffix == ".safetensors" and p.is_file()), None)
+
+
 def differences(recorded: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """The fields in which two encoders differ, each as "field: recorded -> given"; the weights if no other does."""
-    ignored = {"fingerprint", "source", "config.name", "name"}
+    ignored = {"fingerprint", "source", "config.name", "name", "weights"}
     one, two = flat(recorded), flat(given)
     names = sorted({*one, *two} - ignored)
     found = [f"{k}: {one.get(k)!r} -> {two.get(k)!r}" for k in names if one.get(k) != two.get(k)]

@@ -18,7 +18,7 @@ from ..errors import CollectionError, MissingExtra, check_choice
 from . import derived
 from .collection import Collection
 from .cover import Cover, cover
-from .exact import top_k
+from .quick import top_k
 from .table import INDEXES, translated
 
 KINDS = ("ivf", "hnsw", "pq", "lance")

@@ -16,9 +16,10 @@ from ..errors import ClipworksError, check_range
 from ..retrieval.queries import compose, is_vector, make_query, parts_of, shown, unit
 from ..types import Ranking
 from .collection import Collection
-from .exact import MEMORY, top_k
 from .identity import encoder_of
 from .indexed import usable
+from .quick import text_vectors, top_k
+from .table import MEMORY
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
@@ -201,7 +202,10 @@ def query_vectors(collection: Collection, parts: Sequence[Any], encoder: str | E
         if vector.shape != (collection.dim,) or not np.isfinite(vector).all():
             raise ClipworksError(f"a query vector must hold {collection.dim} finite numbers. Got shape {vector.shape}.")
         out[i] = unit(vector[None])[0]
-    if texts or images:
+    quickly = text_vectors(collection, [parts[i] for i in texts]) if texts and not images and encoder is None else None
+    if quickly is not None:
+        out[texts] = quickly
+    elif texts or images:
         model = encoder_of(collection, encoder)
         if texts:
             out[texts] = model.texts([parts[i] for i in texts]).numpy()

@@ -23,6 +23,7 @@ DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
 OWN = ("key", "vector", "digest", "mtime", "label", "caption")  # what every collection has
 INTERNAL = ("_source", "_check")
 SNAPSHOT, INDEXES = "snapshot", "indexes"
+MEMORY = 256 * 2**20  # of working memory of a search, unless the caller says otherwise
 
 FULL = ("os error 28", "os error 27", "os error 122", "Errno 28", "Errno 27", "Errno 122")
 READ_ONLY = ("os error 30", "os error 13", "os error 1)", "Errno 30", "Errno 13")
