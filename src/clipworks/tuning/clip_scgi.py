@@ -34,13 +34,13 @@ from ..encoders.layers import MLP, Attention, Block
 from ..errors import ClipworksError, check_choice, check_range
 from ..metrics.retrieval import ImageRetrieval, image_retrieval
 from ..pretraining.parts import ModuleRecipe, need_vit
-from ..prompts.words import phrase
 from ..registry import method
 from ..training.augment import Augment, resolve_augment
 from ..training.recipe import ContrastiveRecipe
 from .common import TEMPLATE, Tuned, Tuner, run
 from .identity import batch_hard_triplet, identity_contrast, identity_rows, same_camera
 from .shots import Shots, as_given, listed_captions
+from .slots import slotted
 
 READINGS = ("fused", "visual")
 T = TypeVar("T", bound="CLIPSCGI")
@@ -262,15 +262,8 @@ class Sentence:
     """
 
     def __init__(self, encoder: Encoder, before: str, after: str | None = None):
-        text = before if after is None else f"{before} * {after}"
-        row, inner = encoder.tokenize(text)[0].tolist(), phrase(encoder, text)
-        start = next(i for i in range(len(row)) if row[i : i + len(inner)] == inner)
-        first, last = (phrase(encoder, part) for part in (before, after or ""))
-        if after is not None and inner != [*first, *inner[len(first) : len(first) + 1], *last]:
-            raise ClipworksError(f"subject must stand behind a word of its own in the sentence. Got {after!r}.")
-        self.slot = None if after is None else start + len(first)
-        self.ids, self.pool = torch.tensor([row]), encoder.config.text.pool
-        self.end = start + len(inner)  # the end token, where there is one
+        self.ids, slot, self.end = slotted(encoder, before, int(after is not None), after or "")
+        self.slot, self.pool = None if after is None else slot, encoder.config.text.pool
 
     def run(self, encoder: Encoder, word: torch.Tensor | None = None) -> Any:
         """The text tower's output, of one sentence, or of one per pseudo-word (B, width)."""

@@ -92,7 +92,8 @@ def tune(
 
     Parameters
     ----------
-    data : images with labels, or with captions for a method on pairs; anything `open_source` takes
+    data : images with labels, or with captions for a method on pairs; anything `open_source` takes. A method that
+        takes them is given the captions of labelled images too, and the column "domain" of a table
     method : name of a method of `prompts/` or `tuning/`
     out : file for what was learned; the report is written beside it as .json
     model : name, path or encoder
@@ -147,6 +148,9 @@ def tune(
         settings = {**settings, "alpha": None}
     if "captions" in inspect.signature(kind.fit).parameters and all(item.caption for item in learned):
         held["captions"] = [str(item.caption) for item in learned]
+    if "domains" in inspect.signature(kind.fit).parameters and all("domain" in item.columns for item in learned):
+        held["domains"] = [str(item.columns["domain"]) for item in learned]
+        settings = {"domains": sorted({str(item.columns["domain"]) for item in items}), **settings}
     made = kind(names=list(table.values()) or None, encoder=encoder, seed=seed, **settings)
     probes = {
         "task": Probe.open(rest, table or None) if rest else None,
