@@ -6,9 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ClipworksError
 from ._command import command
 from ._output import Csv, Json, Sheet, check_sheet, emit, note
 
+ONE_ONLY = ("expand", "rerank", "diverse", "sheet")  # options that need all rows of one collection
 Place = Annotated[str, typer.Argument(metavar="COLLECTION", help="What `clipworks embed` made.")]
 
 
@@ -22,7 +24,7 @@ def search(
     csv: Csv = False,
     **options: Any,
 ) -> None:
-    """Rank the images of a collection by words, by an image, or by both.
+    """Rank the images of a collection, or of a folder of collections, by words, by an image, or by both.
 
     \b
     Examples:
@@ -34,10 +36,25 @@ def search(
     """
     from ..store.collection import Collection
     from ..store.search import search as work
+    from ..store.shards import is_sharded
 
     check_sheet(sheet)
+    if is_sharded(collection):
+        return _shards(collection, query, sheet, json, csv, options)
     opened = Collection.open(collection)
     _show(work(opened, query, **options), opened, sheet, json, csv)
+
+
+def _shards(
+    folder: str, query: str | None, sheet: str | None, as_json: bool, as_csv: bool, options: dict[str, Any]
+) -> None:
+    from ..store.shards import search_shards
+
+    alone = [name for name in ONE_ONLY if name in options or (name == "sheet" and sheet)]
+    if alone:
+        raise ClipworksError(f"{alone[0]} cannot be used with a sharded collection; name one of its shards.")
+    rows = search_shards(folder, query, **options).as_rows()
+    emit(rows, as_json=as_json, as_csv=as_csv, empty="no shard has such rows")
 
 
 @command("store.search.similar")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadImage, ClipworksError
-from ..store.exact import top_k
+from ..store.search import nearest
 from .shelf import Shelf, View
 
 log = logging.getLogger("clipworks.server")
@@ -231,13 +231,13 @@ class Engine:
                 together.setdefault(id(ask.view), []).append(i)
             else:
                 kept = ask.view.collection
-                scores, rows = top_k(kept.vectors, found[i].vectors, ask.k, rows=ask.rows, norm=kept.norm)
+                scores, rows = nearest(kept, found[i].vectors, ask.k, ask.rows)
                 found[i].scores, found[i].rows = scores[0], rows[0]
         for group in together.values():
             kept = asks[group[0]].view.collection  # type: ignore[union-attr]
             most = max(asks[i].k for i in group)
             queries = np.concatenate([found[i].vectors for i in group])
-            scores, rows = top_k(kept.vectors, queries, most, norm=kept.norm)
+            scores, rows = nearest(kept, queries, most)
             for i, row_scores, row_numbers in zip(group, scores, rows, strict=True):
                 found[i].scores, found[i].rows = row_scores[: asks[i].k], row_numbers[: asks[i].k]
 

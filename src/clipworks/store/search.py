@@ -92,10 +92,10 @@ def search(
     if expand:
         from ..retrieval.query_expansion import expand_query
 
-        first, hits = _top(opened, vector[None], expand, rows, memory, index)
+        first, hits = nearest(opened, vector[None], expand, rows, memory, index)
         vector = expand_query(vector, opened.vectors[hits[0]], first[0])
     wide = max(k, rerank, CANDIDATES * k if diverse else 0)
-    scores, found = _top(opened, vector[None], wide, rows, memory, index)
+    scores, found = nearest(opened, vector[None], wide, rows, memory, index)
     chosen = _second_look(vector, opened.vectors[found[0]], scores[0], k, rerank, diverse)
     return _answers(opened, scores[:, chosen], found[:, chosen], [str(asked)], columns)[0]
 
@@ -226,12 +226,25 @@ def _rank(
 ) -> list[Ranking]:
     check_range("k", k, 1)
     rows = where if where is None or isinstance(where, np.ndarray) else collection.where(where)
-    return _answers(collection, *_top(collection, vectors, k, rows, memory, index), queries, columns)
+    return _answers(collection, *nearest(collection, vectors, k, rows, memory, index), queries, columns)
 
 
-def _top(
-    collection: Collection, vectors: np.ndarray, k: int, rows: np.ndarray | None, memory: int, index: str
+def nearest(
+    collection: Collection,
+    vectors: np.ndarray,
+    k: int,
+    rows: np.ndarray | None = None,
+    memory: int = MEMORY,
+    index: str = "auto",
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and row numbers of the k nearest rows to each unit vector (q, dim), by an index where one is to be used.
+
+    Parameters
+    ----------
+    collection : an open one, which also keeps the index open
+    vectors, k, rows, memory : as in `exact.top_k`
+    index : as in `search`
+    """
     chosen = usable(collection, index)
     if chosen is not None:
         return chosen.top_k(vectors, k, rows=rows, memory=memory)
