@@ -226,10 +226,8 @@ class FrozenSeg(TrainedDense):
         found = self._proposed(hidden)
         logits = parts.logits(found.queries, words)
         void = logits.softmax(-1)[..., -1:]
-        likely = geometric_ensemble(
-            logits[..., :-1].softmax(-1), self._clip(hidden, found.masks, words).to(logits), is_seen(words, self.words_),
-            self.seen, self.unseen,
-        )  # fmt: skip
+        own, clip = logits[..., :-1].softmax(-1), self._clip(hidden, found.masks, words).to(logits)
+        likely = geometric_ensemble(own, clip, is_seen(words, self.words_), self.seen, self.unseen)
         return semantic_map(likely * (1 - void), found.masks)
 
     def whole(self, average: torch.Tensor, image: torch.Tensor, encoder: Any, words: torch.Tensor) -> torch.Tensor:
