@@ -228,6 +228,7 @@ def fitted(encoder):
 def test_it_segments_and_comes_back_from_its_file(encoder, fitted, tmp_path):
     images, maps = photos(3, seed=1)
     assert fitted.encoder_ is encoder
+    assert set(fitted.losses_) == {"loss", "class", "mask", "dice", "contrast"}
     own = copy.copy(fitted).set_params(balance=0.0)  # the random tower's view of crops is worth nothing
     assert np.mean([a == b for a, b in zip(own.predict(images), maps, strict=True)]) > 0.8
     path = fitted.save(tmp_path / "ovseg.safetensors")

@@ -197,7 +197,8 @@ class OVSeg(TrainedDense):
             prompts = parts.prompts.requires_grad_(True)
             self._run(base, pairs, prompts, contrast, progress, steps=self.prompt_steps, lr=self.prompt_lr,
                       weight_decay=0.0, classes=len(words))  # fmt: skip
-        self._take(base, parts, {**losses, **self.losses_})
+            losses = {**losses, "contrast": self.losses_["loss"]}
+        self._take(base, parts, losses)
 
     def _contrast(
         self, prompts: Any, encoder: Encoder, images: torch.Tensor, labels: torch.Tensor, words: torch.Tensor
