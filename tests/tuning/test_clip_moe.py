@@ -4,17 +4,21 @@ learns; the checkable facts of the card."""
 from __future__ import annotations
 
 import copy
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from clipworks.cli.main import main
 from clipworks.data.item import Item
 from clipworks.encoders.config import EncoderConfig, TextConfig, VisionConfig
 from clipworks.encoders.experts import Experts, balance, one_expert, parameter_counts, parts, recorded
 from clipworks.encoders.formats.build import blank
 from clipworks.encoders.layers import MLP
+from clipworks.encoders.loading import save
 from clipworks.errors import ClipworksError
 from clipworks.training.clusters import ClusterOrder, batches_from
 from clipworks.training.finetune import SentenceRecipe
@@ -305,6 +309,20 @@ def test_what_cannot_be_used_is_named(settings, says):
 def test_a_mixture_is_not_mixed_again():
     with pytest.raises(ClipworksError, match="encoder must be dense"):
         quick(CLIPMoE, encoder=CLIPMoE()._shaped(clip_shaped())).fit(coloured()[0], CAPTIONS)
+
+
+def test_from_a_shell(tmp_path, capsys):
+    for name, value in (("cat", 30), ("dog", 200)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for k in range(3):
+            Image.fromarray(np.full((20, 20, 3), value + k, np.uint8)).save(tmp_path / "data" / name / f"{k}.png")
+    model, out = save(clip_shaped(), tmp_path / "toy.safetensors"), tmp_path / "out.safetensors"
+    words = ["tune", str(tmp_path / "data"), "--method", "clip-moe", "--out", str(out), "--model", str(model)]
+    assert main([*words, "--experts", "3", "--shots", "2", "--router-lr", "0.01", "--towers", "text", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["settings"]["experts"], found["images"], found["held_out"]) == (3, 4, 2)
+    again = CLIPMoE.load(out, encoder=str(model))
+    assert [len(part.experts) for _, part in parts(again.encoder_)] == [3]
 
 
 # -- the claim ---------------------------------------------------------------------------------------------------------

@@ -289,7 +289,6 @@ def test_captions_are_told_from_the_sentences_of_this_projects_own_documents():
     for lr in (0.0, 5e-5):
         method = TIPCLIP(encoder=clipworks.load(), lr=lr, **settings).fit(paths[:half], captions[:half])
         scores[lr] = auroc(method.visualness(texts), labels)
-    print(half, len(learned), len(held), scores)
     assert scores[5e-5] > max(scores[0.0], 0.95)
 
 
