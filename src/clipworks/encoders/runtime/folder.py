@@ -193,6 +193,10 @@ def load_export(folder: Path) -> ExportedEncoder:
     for name, told in record["files"].items():
         _check(folder, name, told, backend(record["runtime"]).SUFFIXES)
     try:
+        EncoderConfig.from_dict(record["config"])
+    except (ClipworksError, KeyError, TypeError, AttributeError) as error:
+        raise BadWeights(f"{folder / MANIFEST}: its configuration is damaged ({error!s:.160}).") from error
+    try:
         make = backend(record["runtime"]).Session
         image, text = (make(folder / tower, record["precision"]) for tower in TOWERS)
         return ExportedEncoder(record, image, text, read_tokenizer(record["tokenizer"], folder / MANIFEST)).eval()
