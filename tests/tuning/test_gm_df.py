@@ -293,3 +293,24 @@ def test_a_table_tells_the_domains_from_a_shell(tmp_path, capsys):
     assert found["settings"]["domains"] == PLACES
     assert found["held_out"] == 8
     assert GMDF.load(out, encoder=str(model)).encoder_.visual.norm_post.domain.table.shape == (2, 64)
+
+
+def source(count, shortcut, style, seed):
+    """Noise with a weak cue in one channel that all sources share, and in another a cue and a tint of its own."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(count) % 2
+    x, side = rng.normal(0, 1, (count, 3, 16, 16)), (2 * y - 1)[:, None, None]
+    x[:, 2] += 0.25 * side
+    x[:, 0] += shortcut * side + style
+    return torch.from_numpy(x.astype(np.float32)), y
+
+
+def test_what_two_sources_share_is_found_in_a_third():
+    """The sources' own cues say the opposite of each other, and the third has none."""
+    (a, ya), (b, yb), (held, answers) = source(48, 0.5, 1.0, 0), source(48, -0.5, -1.0, 1), source(200, 0.0, 0.0, 2)
+    settings = {"names": ["real", "fake"], "encoder": clip_shaped(), "epochs": 25, "batch_size": 32, "inner_lr": 1e-2,
+                "pixel_weight": 0.0}  # fmt: skip
+    told = ["lab"] * 48 + ["street"] * 48
+    start, learned = (gmdf(lr=lr, **settings).fit(torch.cat([a, b]), np.concatenate([ya, yb]), domains=told)
+                      for lr in (0.0, 5e-3))  # fmt: skip
+    assert learned.score(held, answers) > start.score(held, answers) + 0.1

@@ -61,6 +61,7 @@ def quick(kind: type, **settings: Any) -> Any:
         "steps_per_shot": 0.5,
         "steps": 1,
         "epochs": 1,
+        "probe_epochs": 1,
         "batch_size": 6,
         "augment": "none",
     }
