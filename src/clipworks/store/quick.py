@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import ClipworksError
 from .identity import weights_file
 from .journal import sha256
 
@@ -37,7 +36,7 @@ def text_vectors(collection: Collection, texts: Sequence[str]) -> np.ndarray | N
     try:
         with _one_thread():
             return QuickText(path)(texts) if sha256(path) == known else None
-    except (ClipworksError, OSError):
+    except (ValueError, OSError):
         return None  # the encoder says what is wrong
 
 
