@@ -40,6 +40,14 @@ def calibrated(logits, y):
     return min(nll(logits / t, y) for t in spread * np.geomspace(0.01, 100, 1001))
 
 
+def assert_equal_say(head, x, words):
+    """What the head adds spreads over the classes as far as the zero-shot logits do."""
+    zero = 100 * x @ words.T
+    added = head.logits(x) - zero
+    both = [np.sqrt(np.mean((a - a.mean(1, keepdims=True)) ** 2)) for a in (added, zero)]
+    np.testing.assert_allclose(both[0], both[1], rtol=1e-6)
+
+
 def assert_sklearn_accepts(head):
     """Every check of scikit-learn's `check_estimator` that can run here passes."""
     results = check_estimator(head, on_fail=None, on_skip=None)

@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from few_shots import assert_sklearn_accepts, calibrated, shots, unit
+from few_shots import assert_equal_say, assert_sklearn_accepts, calibrated, shots, unit
 from test_sus_x import left_out, nested, oracle, triples
 
 from clipworks.errors import ClipworksError
@@ -147,7 +147,8 @@ def test_captions_help_where_generated_images_are_poor():
 def test_one_image_of_each_class_takes_the_defaults():
     x, y, words, captions = support(per_class=1)
     head = CapSAdapter(text=words).fit(x, y, captions=captions)
-    assert (head.alpha_, head.beta_, head.gamma_, head.delta_, head.temperature_) == (1.0, 1.0, 0.0, 0.5, 1.0)
+    assert (head.beta_, head.gamma_, head.delta_, head.temperature_) == (1.0, 0.0, 0.5, 1.0)
+    assert_equal_say(head, x, words)
 
 
 def test_what_cannot_be_used_is_named():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from few_shots import assert_sklearn_accepts, shots, softmax
+from few_shots import assert_equal_say, assert_sklearn_accepts, shots, softmax
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 
@@ -130,7 +130,8 @@ def test_alpha_zero_is_zero_shot_and_one_shot_takes_the_defaults():
     x, y, words = shots(per_class=1)
     np.testing.assert_allclose(LinearProbe(text=words, alpha=0.0).fit(x, y).logits(x), 100 * x @ words.T, atol=1e-9)
     head = LinearProbe(text=words).fit(x, y)
-    assert (head.C_, head.alpha_, head.temperature_) == (100.0, 1.0, 1.0)
+    assert (head.C_, head.temperature_) == (100.0, 1.0)
+    assert_equal_say(head, x, words)
 
 
 def test_settings_out_of_range_are_named():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from few_shots import assert_sklearn_accepts, shots, softmax, unit
+from few_shots import assert_equal_say, assert_sklearn_accepts, shots, softmax, unit
 
 from clipworks.errors import ClipworksError
 from clipworks.heads.sus_x import SusX
@@ -153,7 +153,8 @@ def test_generated_images_of_each_class_help_poor_words():
 def test_one_image_of_each_class_takes_the_defaults():
     x, y, words = shots(per_class=1)
     head = SusX(text=words).fit(x, y)
-    assert (head.alpha_, head.beta_, head.gamma_, head.temperature_) == (1.0, 1.0, 0.0, 1.0)
+    assert (head.beta_, head.gamma_, head.temperature_) == (1.0, 0.0, 1.0)
+    assert_equal_say(head, x, words)
     assert SusX(text=words, gamma=3.0, beta=2.0).fit(x, y).gamma_ == 3.0
 
 

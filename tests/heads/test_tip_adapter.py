@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from few_shots import assert_sklearn_accepts, shots, softmax, unit
+from few_shots import assert_equal_say, assert_sklearn_accepts, shots, softmax, unit
 
 from clipworks.errors import ClipworksError
 from clipworks.heads.common import fit_temperature, fold_numbers
@@ -216,7 +216,8 @@ def test_one_shot_of_each_class_takes_the_defaults():
     x, y, words = shots(per_class=1)
     for finetune in (False, True):
         head = TipAdapter(text=words, finetune=finetune).fit(x, y)
-        assert (head.alpha_, head.beta_, head.temperature_) == (1.0, 1.0, 1.0)
+        assert (head.beta_, head.temperature_) == (1.0, 1.0)
+        assert_equal_say(head, x, words)
         assert head.score(x, y) == 1
 
 

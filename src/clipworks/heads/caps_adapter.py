@@ -115,7 +115,7 @@ class CapSAdapter(Head):
             if len(keys) != len(shots.y):
                 raise ClipworksError(f"captions must have one row per row of x ({len(shots.y)}). Got {len(keys)}.")
         self.captions_ = None if keys is None else Cache.of(replace(shots, x=keys)).keys
-        self._take(self._choose(shots, deltas))
+        self._take(self._choose(shots, deltas), shots)
         return self
 
     def _deltas(self, alone: bool, captions: bool) -> tuple[float, ...]:

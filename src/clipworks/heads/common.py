@@ -103,7 +103,8 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         groups : n numbers or names; rows that share one are views of one image and are held out together
         validation : (x, y) or `Features` with labels: choose on these images instead
         """
-        self._take(self._learn(self._open(x, y, groups, validation, self.unseen)))
+        shots = self._open(x, y, groups, validation, self.unseen)
+        self._take(self._learn(shots), shots)
         return self
 
     def logits(self, x: Any) -> np.ndarray:
@@ -177,11 +178,19 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         zero = None if rows is None or self.text_ is None else zero_shot(rows, self.text_)
         return Choice(y, zero, tuple(self.alphas) if self.alpha is None else (self.alpha,))
 
-    def _take(self, choice: Choice) -> None:
-        """Set `alpha_` and `temperature_` from a choice; 1 where nothing could be held out."""
-        fixed = 1.0 if self.alpha is None or self.text_ is None else float(self.alpha)
-        self.alpha_ = fixed if choice.logits is None else choice.alpha
-        self.temperature_ = 1.0 if choice.logits is None else fit_temperature(choice.logits, choice.y)
+    def _take(self, choice: Choice, shots: Shots | None = None) -> None:
+        """Set `alpha_` and `temperature_` from a choice.
+
+        Where nothing could be held out the temperature is 1, and the head has as much say as the words: its scores of
+        the shots, times alpha, spread over the classes as far as the zero-shot logits do.
+        """
+        self.alpha_ = 1.0 if self.alpha is None or self.text_ is None else float(self.alpha)
+        self.temperature_ = 1.0
+        if choice.logits is not None:
+            self.alpha_, self.temperature_ = choice.alpha, fit_temperature(choice.logits, choice.y)
+        elif shots is not None and self.text_ is not None and self.alpha is None:
+            own, words = spread(self._scores(shots.x)), spread(zero_shot(shots.x, self.text_))
+            self.alpha_ = words / own if own > 0 else 1.0
 
 
 class Choice:
@@ -257,13 +266,17 @@ def calibrate(logits: np.ndarray, y: np.ndarray) -> tuple[float, float]:
         inverse = np.exp(-log_t)
         return float(np.mean(np.log(np.exp(inverse * centred).sum(1)) - inverse * own))
 
-    spread = float((centred - centred.mean(1, keepdims=True)).std())
-    if spread > 0:
-        bounds = np.log(spread) + np.log([0.01, 100.0])
+    if (width := spread(centred)) > 0:
+        bounds = np.log(width) + np.log([0.01, 100.0])
         found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4})
         if found.fun < loss(0.0):
             return float(np.exp(found.x)), float(found.fun)
     return 1.0, loss(0.0)
+
+
+def spread(logits: np.ndarray) -> float:
+    """Return the standard deviation of logits (m, C) over the classes."""
+    return float((logits - logits.mean(1, keepdims=True)).std())
 
 
 def zero_shot(x: np.ndarray, text: np.ndarray) -> np.ndarray:

@@ -80,8 +80,8 @@ class FewShotInspection(Head):
         choice.offer(None, self._most(shots.held[0], shots.held_images, shots.images[self.rows_])[0])
         return choice
 
-    def _take(self, choice: Choice) -> None:
-        super()._take(choice)
+    def _take(self, choice: Choice, shots: Shots | None = None) -> None:
+        super()._take(choice, shots)
         self.temperature_ = self.temperature_ if self.temperature is None else float(self.temperature)
 
     def _scores(self, x: np.ndarray) -> np.ndarray:
