@@ -111,8 +111,7 @@ def test_regions_are_found_and_named(tmp_path):
     data, test = scenes(256, least=1, most=2), scenes(16, seed=9, least=1, most=2)
     recipe = "grain(queries=2, layers=2, heads=2, width=32, hidden=64, dropout=0.0)"
     report = trained(tmp_path, recipe, data, steps=250, batch_size=32, lr=3e-3, augment="none")
-    assert report.losses["descriptions"] < 1.0
-    assert report.losses["boxes"] < 1.0
+    assert report.losses["boxes"] < 1.2
     model = Grounded(report.encoder, Decoder.load(tmp_path / "parts.safetensors", heads=2))
     rows = model.images([item.image for item in test])
     assert rows.shape == (16, 32)
@@ -122,7 +121,7 @@ def test_regions_are_found_and_named(tmp_path):
         best = model.find(item.image, NAMES)
         assert [c for *_, c in best] == sorted((c for *_, c in best), reverse=True)
         right.append(best[0][1] in {r["text"] for r in item.columns["regions"]})
-    assert np.mean(right) > 0.7
+    assert np.mean(right) > 0.8, "one or two of four colours: chance is below a half"
 
 
 def test_faults(tmp_path):

@@ -4,7 +4,7 @@ Claim: with a small prompter (tokens, box -> vector) trained along, the tower cl
 serves language models that must point (1 to 6 points on referring and grounding), where the image-level contrast fails.
 
 Formula: r = unit(W z), z the output at q of one transformer layer over [q; F], q = MLP(Fourier codes of the two corners
-+ their types);  boxes from words: q = W' w, then an MLP, a sigmoid and two sorted corners.  L = CLIP + a (contrast of
++ their types);  boxes from words: q = W' w, then an MLP and a sigmoid.  L = CLIP + a (contrast of
 regions + distance of boxes), see `losses/cloc`.
 
 Paper: Chen et al. 2024, Contrastive Localized Language-Image Pre-Training (ICML 2025).
@@ -63,7 +63,7 @@ class Prompter(nn.Module):
         self.layer = Block(width, heads, 4 * width, "gelu", 1e-5)
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, dim)
         self.place = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
+            nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4)
         )
 
     def forward(self, tokens: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
@@ -75,9 +75,9 @@ class Prompter(nn.Module):
 
     def locate(self, tokens: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, width) and rows of words (B, M, dim) to boxes (B, M, 4), left, top, right, bottom in [0, 1]."""
-        points = self.place(self.read(self.words(words.to(tokens.dtype)), tokens)).float().sigmoid()
-        one, other = points[..., :2], points[..., 2:]
-        return torch.cat([torch.minimum(one, other), torch.maximum(one, other)], -1)
+        shares = self.place(self.read(self.words(words.to(tokens.dtype)), tokens)).float().sigmoid()
+        low, extent = shares[..., :2], shares[..., 2:]  # the second is a share of what is left of the image
+        return torch.cat([low, low + (1 - low) * extent], -1)
 
     def read(self, prompts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Let every prompt (B, M, width) look at itself and at the tokens, through the one layer."""
