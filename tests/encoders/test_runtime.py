@@ -105,7 +105,8 @@ def test_the_same_vectors_at_any_number_of_rows(made, exact, runtime):
     ids=["clip", "siglip", "resnet and bert", "hybrid with memory"],
 )  # fmt: skip
 def test_every_kind_of_tower(tmp_path, runtime, vision, text):
-    whole = encoder(vision, text).float()
+    # fifty shaken convolutions amplify rounding: in float32 torch itself is then 0.6 from float64
+    whole = encoder(vision, text, shaken="stem" not in vision).float()
     side, pad = whole.image_size, whole.config.text.pad_id
     given = {"image": pixels(3, side).float(), "text": tokens(pad=pad)}
     for tower, name in TOWERS.items():
