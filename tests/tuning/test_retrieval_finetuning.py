@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import clipworks
 from clipworks.cli.main import main
+from clipworks.data.labelled import read_labelled
 from clipworks.encoders.loading import save
 from clipworks.errors import ClipworksError
 from clipworks.losses.infonce import infonce
+from clipworks.metrics.retrieval import image_retrieval
 from clipworks.tuning.margin import arc_margin, caption_margin, widened
 from clipworks.tuning.retrieval_finetuning import WAYS, MarginRecipe, RetrievalFinetuning
 from clipworks.tuning.shots import labelled, listed_captions
+from clipworks.zeroshot.classifier import class_vectors
 
 from .toys import NAMES, bert_shaped, changed, clip_shaped, coloured, pixels, quick
 
@@ -201,3 +206,27 @@ def test_from_a_shell_search_is_measured_before_and_after(tmp_path, capsys):
     again = RetrievalFinetuning.load(tmp_path / "a.safetensors", encoder=str(model))
     held = [p for n in ("blue", "red") for p in sorted((tmp_path / "set" / n).iterdir())]
     assert again.vectors(held).shape == (10, 8)
+
+
+CALTECH = Path(__file__).parents[3] / "shared" / "data" / "caltech101-128"
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+@pytest.mark.skipif(not CALTECH.is_dir(), reason="the data is not beside the checkout")
+def test_real_images_are_found_better_by_images_and_by_words():
+    """Six classes of Caltech-101, five images of each to learn, the bundled model: 2SFT."""
+    data, draw, encoder = read_labelled("caltech101", CALTECH), np.random.default_rng(0), clipworks.load()
+    counts = np.bincount(data.y, minlength=len(data.classes))
+    chosen = draw.permutation(np.flatnonzero(counts >= 13))[:6]
+    rows = np.stack([draw.permutation(np.flatnonzero(data.y == c))[:13] for c in chosen])
+    names = [data.classes[c] for c in chosen]
+    learned, held = ([data.items[i].source() for i in rows[:, part].ravel()] for part in (slice(5), slice(5, 13)))
+    tuned = RetrievalFinetuning(names, encoder=encoder, way="2sft", lr=1e-4, epochs=3, text_epochs=3, batch_size=15,
+                                augment="none").fit(learned, np.repeat(names, 5))  # fmt: skip
+    answers, vectors = np.repeat(names, 8), encoder.images(held)
+    words = class_vectors(names, encoder, templates=tuned.templates)
+    right = np.mean([names[i] for i in (vectors @ words.T).argmax(1)] == answers)
+    before = image_retrieval(vectors, answers).mean_average_precision
+    assert tuned.retrieval(held, answers).mean_average_precision > before
+    assert tuned.score(held, answers) >= right
