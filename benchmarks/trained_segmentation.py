@@ -106,7 +106,7 @@ def compare(
         put("ovseg, crops alone", copy.copy(made).set_params(balance=1.0))
         put("ovseg, crops alone, no tokens", copy.copy(made).set_params(balance=1.0, depth=0))
     if "maft-plus" in wanted:
-        put("maft-plus", fit(MAFTPlus(encoder, lr=1e-3, **how)))
+        put("maft-plus", fit(MAFTPlus(encoder, "panoptic", lr=1e-3, **how)))  # the transfer as published
         still = MAFTPlus(encoder, "none", quality=0.0, compensation=0.0, lr=1e-3, **how)
         put("maft-plus, frozen CLIP", fit(still))
     return found

@@ -12,9 +12,10 @@ L = 2 CE + 5 mask + 5 dice + L_ma + 0.1 L_rc;  S(class) = sum_q p_q(class) (1 - 
 
 Paper: Jiao et al. 2024, Collaborative Vision-Text Representation Optimizing for Open-Vocabulary Segmentation (ECCV).
 Differs from the paper: a small decoder on the tower's own maps; for a ViT F is the last block's output with every patch
-attending to itself (MaskCLIP's), for which no ConvNeXt is needed; the words' shift starts from nothing in both forms
-unless `transfer="semantic"` is asked for; one pass of the tower per step serves both branches, the decoder's cut off
-from it. Weights of the losses, heads and pools are the official code's.
+attending to itself (MaskCLIP's), for which no ConvNeXt is needed; a norm's output is sqrt(dim) long beside words of
+length 1, so after one step of the paper's forms words are what the transfer says: by default the norm's gain starts at
+0 and words move little by little; one pass of the tower per step serves both branches, the decoder's cut off from it.
+Weights of the losses, heads and pools are the official code's.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from .trained import TrainedDense
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
 
-TRANSFERS = ("panoptic", "semantic", "none")
+TRANSFERS = ("gain", "panoptic", "semantic", "none")
 HEADS = 8  # of the words' attention (official; fewer where the joint space is not a multiple)
 SCALES = (1, 2, 4)  # of the compensation (official)
 POINTS = 3136  # pixels of an image at which masks are compared with segments
@@ -59,10 +60,11 @@ class Transfer(nn.Module):
     Parameters
     ----------
     dim : of the joint space
-    form : "panoptic", T + LN(Linear(.)) with a Linear of zeros at first, or "semantic", LN(T + Linear(.))
+    form : "panoptic", T + LN(Linear(.)) with a Linear of zeros at first; "gain", the same with a norm whose gain is 0
+        at first, not the Linear; or "semantic", LN(T + Linear(.))
     """
 
-    def __init__(self, dim: int, form: str = "panoptic"):
+    def __init__(self, dim: int, form: str = "gain"):
         super().__init__()
         heads = next(h for h in (HEADS, 4, 2, 1) if dim % h == 0)
         self.form, self.attention = form, nn.MultiheadAttention(dim, heads, batch_first=True)
@@ -70,12 +72,14 @@ class Transfer(nn.Module):
         if form == "panoptic":
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
+        elif form == "gain":
+            nn.init.zeros_(self.norm.weight)
 
     def forward(self, words: torch.Tensor, cells: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Words (K, dim) to (B, K, dim) by cells (B, N, dim), whose places (N, dim) stand on the keys alone."""
         words = words.expand(len(cells), -1, -1)
         seen = self.linear(self.attention(words, cells + places, cells, need_weights=False)[0])
-        return words + self.norm(seen) if self.form == "panoptic" else self.norm(words + seen)
+        return self.norm(words + seen) if self.form == "semantic" else words + self.norm(seen)
 
 
 class MaftParts(nn.Module):
@@ -93,7 +97,7 @@ class MAFTPlus(TrainedDense):
     Parameters
     ----------
     encoder : a name, a path or an encoder (default: the bundled one)
-    transfer : how words follow the image: "panoptic" (starts from nothing), "semantic", or "none"
+    transfer : how words follow the image: "gain" (words move little by little), "panoptic", "semantic", or "none"
     quality : weight of the mask-aware loss (1)
     compensation : weight of the loss that keeps the tower near what it was (0.1)
     tower : whether the image tower learns, at a tenth of the rate; its last norm and projection never do
@@ -129,7 +133,7 @@ class MAFTPlus(TrainedDense):
     def __init__(
         self,
         encoder: Any = None,
-        transfer: str = "panoptic",
+        transfer: str = "gain",
         quality: float = 1.0,
         compensation: float = 0.1,
         tower: bool = True,
