@@ -65,11 +65,11 @@ def explain(
     Relevance
     """
     from ..anomaly.common import views
-    from ..encoders.loading import load
+    from ..encoders.loading import resolve
     from ..registry import get_method
 
     check_choice("method", method, METHODS)
-    model: Any = load() if encoder is None else load(encoder) if isinstance(encoder, str) else encoder
+    model: Any = resolve(encoder)
     words = model.texts([text])
     (batch,) = views(image, model, int(image_size or model.image_size))
     heat = get_method(f"analysis/explain_{method}")(model, batch.pixels, words)[0]
@@ -128,9 +128,9 @@ def trust_of(
 ) -> Faithfulness:
     """Deletion and insertion of an explanation that `explain` gave; arguments as there and as for `faithfulness`."""
     from ..anomaly.common import views
-    from ..encoders.loading import load
+    from ..encoders.loading import resolve
 
-    model: Any = load() if encoder is None else load(encoder) if isinstance(encoder, str) else encoder
+    model: Any = resolve(encoder)
     (batch,) = views(found.picture, model, int(image_size or model.image_size))
     heat = F.adaptive_avg_pool2d(torch.from_numpy(found.heat)[None, None], 8)[0, 0]
     return faithfulness(model, batch.pixels[0], model.texts([found.text])[0], heat, steps=steps)

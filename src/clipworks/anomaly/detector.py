@@ -150,12 +150,10 @@ class AnomalyDetector(OutlierMixin, BaseEstimator, ABC):
     # -- what they share -----------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        from ..encoders.loading import load
+        from ..encoders.loading import resolve
 
-        model = (
-            load() if self.encoder is None else load(self.encoder) if isinstance(self.encoder, str) else self.encoder
-        )
-        self._model: Any = model
+        self._model: Any = resolve(self.encoder)
+        model = self._model
         self.side_ = int(self.image_size or model.image_size)
         if self.side_ % model.config.vision.patch_size:
             side = model.config.vision.patch_size

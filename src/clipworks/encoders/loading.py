@@ -14,11 +14,19 @@ from .formats import files, hub, huggingface, native, open_clip, openai
 from .formats.native import save
 from .published import ARCHITECTURES, HUB
 
-__all__ = ["load", "models", "save"]
+__all__ = ["load", "models", "resolve", "save"]
 
 BUNDLED = Path(__file__).with_name("weights")
 DEFAULT = "clipworks-small"
 EXPORT = "clipworks-export.json"  # in a folder of another runtime, see `runtime.folder`
+
+
+def resolve(encoder: str | os.PathLike | Encoder | None) -> Encoder:
+    """Return the encoder that an argument `encoder` means: None the bundled one, a name or path what `load` finds
+    there, everything else itself."""
+    if encoder is None:
+        return load()
+    return load(encoder) if isinstance(encoder, str | os.PathLike) else encoder
 
 
 def load(

@@ -75,10 +75,10 @@ def find_unknown(
     -------
     Unknowns, in the order of the source
     """
-    from ..encoders.loading import load
+    from ..encoders.loading import resolve
 
     names = check_names(names)
-    model: Any = load() if encoder is None else load(encoder) if isinstance(encoder, str) else encoder
+    model: Any = resolve(encoder)
     words = class_vectors(names, model, templates=templates)
     judge = OpenSet(words, score=score, rate=None if known is None else rate, scale=model.logit_scale, names=names)
     keys, vectors, errors = _vectors(source, model, batch_size)

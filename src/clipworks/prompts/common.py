@@ -125,10 +125,10 @@ class PromptMethod(ClassifierMixin, BaseEstimator, ABC):
     def model(self) -> Encoder:
         """The encoder; loaded when first needed if it was given by name."""
         if getattr(self, "_encoder", None) is None:
-            from ..encoders.loading import load
+            from ..encoders.loading import resolve
 
             given = self.encoder
-            self._encoder = load() if given is None else load(given) if isinstance(given, str) else given
+            self._encoder = resolve(given)
         return self._encoder
 
     def fit(self: M, images: Any, y: Any, *, names: Sequence[str] | None = None, progress: bool | None = None) -> M:

@@ -125,9 +125,9 @@ class Dense(ABC):
 
     def encoder_for(self, encoder: str | Encoder | None) -> Encoder:
         """The encoder that images and words go through: the one asked for, by default the bundled one."""
-        from ..encoders.loading import load
+        from ..encoders.loading import resolve
 
-        return load() if encoder is None else load(encoder) if isinstance(encoder, str) else encoder
+        return resolve(encoder)
 
     def class_words(self, names: Sequence[str], encoder: Encoder, templates: str | Sequence[str]) -> torch.Tensor:
         """What `local` is given for names: a row for each."""

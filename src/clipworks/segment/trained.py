@@ -41,10 +41,10 @@ from torch import nn
 
 from ..data.decode import decode
 from ..data.item import Item
+from ..encoders.loading import resolve
 from ..errors import BadImage, BadWeights, ClipworksError, check_range
 from ..metrics.segmentation import IGNORE
 from ..registry import get_method
-from ..tuning.common import resolve_encoder
 from ..tuning.files import read_change, write_change
 from ..tuning.shots import as_given, check_images
 from ..zeroshot.classifier import check_names, class_vectors
@@ -124,7 +124,7 @@ class TrainedDense(Dense, BaseEstimator, ABC):
         names : at most 255 class names
         progress : show a bar (default: on a terminal)
         """
-        base = resolve_encoder(self.encoder)
+        base = resolve(self.encoder)
         sources = _sources(images, base)
         self._begin(base, names)
         if not hasattr(masks, "__len__") or len(masks) != len(sources):
@@ -163,7 +163,7 @@ class TrainedDense(Dense, BaseEstimator, ABC):
         """The encoder that belongs to the trained parts; another one is an error."""
         check_is_fitted(self, "parts_")
         if encoder is not None:
-            given = resolve_encoder(encoder).fingerprint
+            given = resolve(encoder).fingerprint
             if given not in (self._fingerprint, self.encoder_.fingerprint):
                 raise ClipworksError(f"encoder must be the one that the method was trained on, "
                                      f"{self._fingerprint[:12]}. Got {given[:12]}.")  # fmt: skip
@@ -173,7 +173,7 @@ class TrainedDense(Dense, BaseEstimator, ABC):
         """Write what was learned, and the settings, into one safetensors file; returns its path."""
         check_is_fitted(self, "parts_")
         tensors = {f"parts.{name}": value for name, value in self.parts_.state_dict().items()}
-        base = resolve_encoder(self.encoder)
+        base = resolve(self.encoder)
         if self.encoder_ is not base:
             before = base.state_dict()
             tensors |= {f"encoder.{name}": value for name, value in self.encoder_.state_dict().items()
@@ -199,7 +199,7 @@ class TrainedDense(Dense, BaseEstimator, ABC):
         if record["method"] != name:
             raise ClipworksError(f"path must be a file of {name}. {str(path)!r} is one of {record['method']}.")
         made = cls(**{**record["settings"], "encoder": record["encoder"] if encoder is None else encoder})
-        base = resolve_encoder(made.encoder)
+        base = resolve(made.encoder)
         if base.fingerprint != record["fingerprint"]:
             raise ClipworksError(f"encoder must be the one that {str(path)!r} was trained on, "
                                  f"{record['fingerprint'][:12]}. Got {base.fingerprint[:12]}.")  # fmt: skip

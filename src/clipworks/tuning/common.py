@@ -39,7 +39,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from ..data.item import Item
 from ..encoders.encoder import Encoder
-from ..encoders.loading import load as load_encoder
+from ..encoders.loading import resolve
 from ..errors import BadWeights, ClipworksError, check_choice, check_range
 from ..heads.common import softmax
 from ..training.augment import resolve_augment
@@ -124,7 +124,7 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
         progress : True shows a bar; default: on a terminal
         """
         shots = self._open(images, y)
-        start = self._shaped(resolve_encoder(self.encoder))
+        start = self._shaped(resolve(self.encoder))
         chosen = getattr(self, "alpha", 1.0)
         if chosen is not None:
             check_range("alpha", chosen, 0, 1)
@@ -179,7 +179,7 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
     def save(self, path: str | os.PathLike) -> Path:
         """Write the tensors that changed, and the settings, into one safetensors file; returns its path."""
         check_is_fitted(self, "encoder_")
-        base = resolve_encoder(self.encoder)
+        base = resolve(self.encoder)
         before, after = self._shaped(base).state_dict(), self.encoder_.state_dict()
         changed = {
             name: value for name, value in after.items()
@@ -211,7 +211,7 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
             raise ClipworksError(f"path must be a file of {cls.__name__}. {str(path)!r} is one of {record['method']}.")
         settings = {**record["settings"], **modules}
         made = cls(**settings, encoder=record["encoder"] if encoder is None else encoder)
-        base = resolve_encoder(made.encoder)
+        base = resolve(made.encoder)
         if base.fingerprint != record["fingerprint"]:
             raise ClipworksError(f"encoder must be the one that {str(path)!r} was fitted on, "
                                  f"{record['fingerprint'][:12]}. Got {base.fingerprint[:12]}.")  # fmt: skip
@@ -330,13 +330,6 @@ def only(*patterns: str) -> tuple[str, ...]:
     ('*', '!visual.*')
     """
     return ("*", *(f"!{pattern}" for pattern in patterns))
-
-
-def resolve_encoder(encoder: Any) -> Encoder:
-    """Return an encoder: itself, loaded by name or path, or the bundled one for None."""
-    if isinstance(encoder, Encoder):
-        return encoder
-    return load_encoder() if encoder is None else load_encoder(encoder)
 
 
 def linears(encoder: Encoder, parts: Sequence[str] = tuple(PARTS), towers: str = "both") -> list[str]:

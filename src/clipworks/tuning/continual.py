@@ -13,9 +13,10 @@ import numpy as np
 from sklearn.base import clone
 
 from ..encoders.encoder import Encoder
+from ..encoders.loading import resolve
 from ..errors import ClipworksError
 from ..zeroshot.classifier import class_vectors
-from .common import Tuner, resolve_encoder
+from .common import Tuner
 from .shots import as_given, class_numbers
 
 
@@ -101,7 +102,7 @@ def continual(method: Tuner, tasks: Sequence[Task], *, original_teacher: bool = 
         raise ClipworksError("tasks must hold at least one task. Got none.")
     if original_teacher and "teacher" not in method.get_params(deep=False):
         raise ClipworksError(f"original_teacher needs a method with teacher. {type(method).__name__} has none.")
-    first = encoder = resolve_encoder(method.encoder)
+    first = encoder = resolve(method.encoder)
     rows = []
     start = np.array([_accuracy(first, task, method.templates) for task in tasks])
     for task in tasks:

@@ -33,6 +33,7 @@ from torch import nn
 
 from ..data.item import Item
 from ..encoders.encoder import Encoder
+from ..encoders.loading import resolve
 from ..errors import ClipworksError, check_range
 from ..pretraining.parts import need_vit
 from ..registry import method
@@ -40,7 +41,7 @@ from ..segment.mask_losses import dice_loss, pixel_loss
 from ..training.augment import Augment, resolve_augment
 from ..training.recipe import ContrastiveRecipe
 from ..zeroshot.classifier import check_names, class_vectors
-from .common import TEMPLATE, Tuned, Tuner, only, resolve_encoder, run
+from .common import TEMPLATE, Tuned, Tuner, only, run
 from .merging import MergeHead, Teacher, cosine_distance, match
 from .shots import Shots, as_given, check_images
 
@@ -232,7 +233,7 @@ class SAMCLIP(Tuner):
         """The teacher, which reads what `encoder` sees."""
         if isinstance(self.teacher, nn.Module):
             return Teacher(self.teacher, encoder.config.preprocess)
-        model = resolve_encoder(self.encoder if self.teacher is None else self.teacher)
+        model = resolve(self.encoder if self.teacher is None else self.teacher)
         return Teacher(model, encoder.config.preprocess)
 
     def _words_of(self) -> Encoder:

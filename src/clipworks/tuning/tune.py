@@ -19,6 +19,7 @@ import torch
 
 from ..data.item import Item
 from ..data.shots import draw
+from ..encoders.loading import resolve
 from ..errors import ClipworksError, check_choice, check_range, closest
 from ..metrics.retrieval import image_retrieval
 from ..registry import MethodInfo, get_method, methods
@@ -26,7 +27,7 @@ from ..training.checkpoint import write_json
 from ..training.evaluate import Probe, recalls, zeroshot
 from ..training.feed import open_items
 from ..zeroshot.classifier import class_vectors
-from .common import TEMPLATE, resolve_encoder
+from .common import TEMPLATE
 
 AREAS = ("prompts", "tuning")
 
@@ -125,7 +126,7 @@ def tune(
             raise ClipworksError(f"{method} has no setting {name!r}. It takes {shown}.{closest(name, known)}")
     if choose_alpha and "alpha" not in known:
         raise ClipworksError(f"choose_alpha needs a method with alpha. {method} has none.")
-    encoder = resolve_encoder(model)
+    encoder = resolve(model)
     items = open_items(data)
     labels = [item.label for item in items]
     if all(labels):

@@ -27,12 +27,13 @@ import torch
 import torch.nn.functional as F
 
 from ..encoders.encoder import Encoder
+from ..encoders.loading import resolve
 from ..errors import ClipworksError, check_range
 from ..losses.relation_distillation import divergence
 from ..registry import method
 from ..training.augment import resolve_augment
 from .class_words import ClassRecipe
-from .common import TEMPLATE, Tuned, Tuner, resolve_encoder, run
+from .common import TEMPLATE, Tuned, Tuner, run
 from .shots import Shots
 
 
@@ -123,7 +124,7 @@ class VRLwF(Tuner):
             tokens = random_sentences(start, self.sentences, self.words, self.seed)
         else:
             tokens = start.tokenize(list(self.sentences))
-        teacher = start if self.teacher is None else resolve_encoder(self.teacher)
+        teacher = start if self.teacher is None else resolve(self.teacher)
         recipe = ReplayRecipe(
             shots.table or {}, self.templates, resolve_augment(self.augment), self.smoothing, teacher=teacher,
             tokens=tokens, weights=(self.image_weight, self.text_weight), temperature=self.temperature,

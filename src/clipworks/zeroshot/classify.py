@@ -192,9 +192,9 @@ def _scale(scale: float | None, model: Any) -> float:
 
 def _ready(encoder: str | Encoder | None, fingerprint: str = "") -> Any:
     """The encoder itself; where features say what made them, it must be that one."""
-    from ..encoders.loading import load
+    from ..encoders.loading import resolve
 
-    model: Any = load() if encoder is None else load(encoder) if isinstance(encoder, str) else encoder
+    model: Any = resolve(encoder)
     if fingerprint and model.fingerprint and fingerprint != model.fingerprint:
         given = model.fingerprint[:12]
         raise ClipworksError(f"encoder must be the one that made the features, {fingerprint[:12]}. Got {given}.")
