@@ -81,8 +81,8 @@ class CLIPMoE(Tuner):
 
     Relations
     ---------
-    With identical experts it is the dense encoder, whatever the routers say; with one expert `flyp` on feed-forward
-    parts has nothing to add. It cannot be folded into a dense encoder: `encoder_` is the result, `save` writes it.
+    With one expert, or several that are alike, it is the dense encoder, whatever the routers say. It cannot be folded
+    into a dense encoder: `encoder_` is the result, and `save` writes what changed.
 
     References
     ----------
