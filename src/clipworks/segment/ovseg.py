@@ -85,7 +85,7 @@ class OVSegParts(nn.Module):
         self.decoder, self.head, self.prompts = decoder, head, prompts
 
 
-@method(card="ovseg", level="M")
+@method(card="ovseg", level="MR")
 class OVSeg(TrainedDense):
     """Proposals, named by CLIP from masked crops with mask prompts.
 
