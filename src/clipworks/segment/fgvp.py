@@ -83,7 +83,7 @@ class Referral:
         return Image.fromarray(outline(pixels, region, thickness, STYLE.line))
 
 
-@method(card="fgvp", level="M")
+@method(card="fgvp", level="MR")
 def fgvp(
     image: Any,
     expression: str,
