@@ -124,8 +124,13 @@ def obtain(
         source = recorded.get("source") or recorded.get("name") or DEFAULT
     if source is not None:
         from ..encoders.loading import load
+        from ..encoders.precision import DTYPES
+        from ..encoders.runtime.folder import is_export
 
-        precision = precision or recorded.get("precision") or "auto"
+        kept = recorded.get("precision")
+        if kept not in DTYPES or is_export(Path(source)):  # an export has its own: then the fingerprints tell
+            kept = None
+        precision = precision or kept or "auto"
         fast = recorded.get("fast") if fast is None else fast
         loaded: Encoder = load(source, precision=precision)
     else:
