@@ -16,6 +16,7 @@ from clipworks.analysis.bench import run as bench_run
 from clipworks.analysis.bench.contestants import (
     Contestant,
     Material,
+    Question,
     all_methods,
     call,
     contestants,
@@ -186,9 +187,9 @@ class Spy:
         fitted, asked = real.fit(material), self.asked
         answer = fitted.answer
 
-        def remember(x):
-            asked.append(x)
-            return answer(x)
+        def remember(question):
+            asked.append(question.x)
+            return answer(question)
 
         fitted.answer = remember
         return fitted
@@ -295,7 +296,7 @@ def test_other_classes_are_answered_by_the_method_or_by_words(spec):
     z = np.repeat(words[3:6], 10, axis=0) + 0.1 * rng.normal(size=(30, 12))
     (one,), _ = contestants([spec])
     material = Material(x, np.repeat(np.arange(3), 6), words[:3], ["a", "b", "c"])
-    given = one.fit(material).answer_new(z, words[3:6], ["d", "e", "f"])
+    given = one.fit(material).answer(Question(z, np.repeat(np.arange(3), 10), words[3:6], ["d", "e", "f"], own=False))
     assert given.by == ("words" if spec.startswith("ridge") else "method")
     assert np.mean(given.found == np.repeat(np.arange(3), 10)) > 0.9
     np.testing.assert_allclose(given.probabilities.sum(1), 1)

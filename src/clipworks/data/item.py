@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..errors import BadImage
@@ -70,6 +71,29 @@ class Item:
             state.update(f"{source.dtype} {source.shape}".encode())
             state.update(source.tobytes())
         return state.hexdigest()
+
+
+def as_items(images: Any) -> list[Item]:
+    """Return one image or many, in any form, as items; an error calls them by their path or their place in the list.
+
+    Parameters
+    ----------
+    images : a path, encoded bytes, a PIL image, a uint8 array or tensor (H, W, 3), an item; a list of these, or an
+        array or tensor (N, H, W, 3)
+
+    Examples
+    --------
+    >>> [item.key for item in as_items(["a.jpg", np.zeros((2, 2, 3), np.uint8), Item("mine", "b.jpg")])]
+    ['a.jpg', '1', 'mine']
+    """
+    images = images.cpu().numpy() if hasattr(images, "cpu") else images
+    if isinstance(images, np.ndarray):
+        images = images if images.ndim == 4 else [images]
+    elif isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image | Item):
+        images = [images]
+    return [image if isinstance(image, Item) else
+            Item(os.fspath(image) if isinstance(image, str | os.PathLike) else str(number), image)
+            for number, image in enumerate(images)]  # fmt: skip
 
 
 def text_key(name: str) -> str:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from ..errors import ClipworksError, check_choice, check_range
@@ -139,8 +136,8 @@ class Encoder(nn.Module):
 
         Parameters
         ----------
-        x : one or a list of paths, encoded bytes, PIL images or uint8 arrays (H, W, 3); or a float tensor of
-            preprocessed pixels (N, 3, H, W)
+        x : one or a list of paths, encoded bytes, PIL images, uint8 arrays (H, W, 3) or items of a source; or a float
+            tensor of preprocessed pixels (N, 3, H, W)
         batch_size : images per pass
         normalize : whether rows have length one
         progress : True shows a bar on a terminal
@@ -155,7 +152,7 @@ class Encoder(nn.Module):
             For an image that cannot be used, naming it.
         """
         check_range("batch_size", batch_size, 1)
-        from ..data.item import Item
+        from ..data.item import as_items
         from ..data.loader import load_batches
 
         batches: Iterable[torch.Tensor]
@@ -165,7 +162,7 @@ class Encoder(nn.Module):
                 raise ClipworksError(f"pixels must have the shape (N, 3, H, W). Got {tuple(x.shape)}.")
             count, batches = len(pixels), pixels.split(batch_size)
         else:
-            items = [Item(_key(image, i), image) for i, image in enumerate(_as_images(x))]
+            items = as_items(x)
             count = len(items)
             batches = (batch.pixels for batch in load_batches(items, self.preprocess, batch_size))
         parts = []
@@ -347,15 +344,3 @@ def _parameter(values: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(values.detach().clone(), requires_grad=like.requires_grad)
 
 
-def _as_images(x: Any) -> list[Any]:
-    """One image or many, as a list."""
-    x = x.cpu().numpy() if isinstance(x, torch.Tensor) else x
-    if isinstance(x, np.ndarray):
-        return list(x) if x.ndim == 4 else [x]
-    one = isinstance(x, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image))
-    return [x] if one else list(x)
-
-
-def _key(image: Any, number: int) -> str:
-    """What an error calls the image: its path, or its place in the list."""
-    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else str(number)

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.item import Item
+from ..data.item import Item, as_items
 from ..data.loader import load_batches
-from ..encoders.encoder import _as_images, _key
 from ..errors import ClipworksError
 from ..training.augment import Augment, view
 from ..types import Features
@@ -134,7 +133,7 @@ def _pixels(images: Any, encoder: Encoder, number: int, seed: int, crops: Augmen
         for batch in pixels.split(BATCH) if len(pixels) else ():
             yield batch if number == 0 else crop(batch, crops, np.random.default_rng([seed, number]))
         return
-    items = [i if isinstance(i, Item) else Item(_key(i, n), i) for n, i in enumerate(_as_images(images))]
+    items = as_items(images)
 
     def prepare(image: Any, key: str) -> torch.Tensor:
         rng = np.random.default_rng([seed, number])

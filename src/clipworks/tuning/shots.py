@@ -82,7 +82,8 @@ def check_images(images: Any) -> list[Any]:
         raise ClipworksError(f"images must be a list of images. Got {type(images).__name__}.")
     if len(images) == 0:
         raise ClipworksError("images must hold at least one image. Got none.")
-    return list(images.numpy()) if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 else list(images)
+    images = images.numpy() if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 else images
+    return [image.source() if isinstance(image, Item) else image for image in images]
 
 
 def as_given(images: Any) -> Any:

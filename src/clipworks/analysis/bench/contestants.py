@@ -1,8 +1,10 @@
-"""Who takes part: every registered method that classifies features, found through the registry.
+"""Who takes part: every registered method that classifies, found through the registry.
 
 Heads and other classifiers with `fit` learn from shots. Functions of images' features and class names (`waffleclip`)
-answer from words. What a method needs beyond features, labels, names and word vectors is given where the benchmark has
-it (descriptions), or by the user as in Python: "tip_adapter(beta=1)", "linear_probe(text=None)".
+answer from words. Learned prompts and tuned towers learn from the images themselves and take part when they are named,
+as each of their runs passes through the towers. What a method needs beyond features, labels, names and word vectors is
+given where the benchmark has it (descriptions), or by the user as in Python: "tip_adapter(beta=1)",
+"linear_probe(text=None)".
 """
 
 from __future__ import annotations
@@ -12,14 +14,19 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import ClipworksError, check_choice, closest
 from ...registry import MethodInfo, get_method, methods
 
+if TYPE_CHECKING:
+    from ...data.item import Item
+
 AREAS = ("zeroshot", "heads")
+TOWERS = ("prompts", "tuning")  # areas of the methods that learn from images, not from their features
+ALL = {"all": AREAS, "images": TOWERS}
 DESCRIBED = {"descriptions", "pairs", "pool", "assigned"}
 BASELINE = "classifier"  # zero-shot: the class vectors themselves
 
@@ -37,6 +44,7 @@ class Material:
     descriptions : class name -> what is known of it, or None
     scale : sharpness of zero-shot logits
     seed : of the trial
+    items : the n images, for methods that look at them
     """
 
     x: np.ndarray
@@ -48,6 +56,27 @@ class Material:
     descriptions: Any = None
     scale: float = 100.0
     seed: int = 0
+    items: Sequence[Item] = ()
+
+
+@dataclass
+class Question:
+    """Images to classify, and the classes.
+
+    Attributes
+    ----------
+    x, y : vectors (n, dim) and right class numbers
+    text, names : word vectors (C, dim) and names of the classes
+    own : whether these are the classes that were learned
+    items : the n images
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    text: np.ndarray
+    names: list[str]
+    own: bool = True
+    items: Sequence[Item] = ()
 
 
 @dataclass
@@ -85,6 +114,11 @@ class Contestant:
         return inspect.isclass(self.target)
 
     @property
+    def looks(self) -> bool:
+        """Whether it learns from images, not from their features."""
+        return self.info.area in TOWERS
+
+    @property
     def draws(self) -> bool:
         """Whether it takes a seed."""
         return bool({"seed", "random_state"} & set(inspect.signature(self.target).parameters))
@@ -107,6 +141,8 @@ class Contestant:
         if not self.learns:
             return Fitted(self, material, None)
         model = self.target(**self._arguments(material, self.target))
+        if self.looks:
+            return Fitted(self, material, model.fit(list(material.items), material.y, progress=False))
         takes = inspect.signature(model.fit).parameters
         extra = {"validation": material.validation} if material.validation and "validation" in takes else {}
         model.fit(material.x, material.y, **extra)
@@ -115,6 +151,8 @@ class Contestant:
     def _arguments(self, material: Material, target: Any) -> dict[str, Any]:
         known = inspect.signature(target).parameters
         given: dict[str, Any] = {"text": material.text, "seed": material.seed, "random_state": material.seed}
+        if self.looks:
+            given |= {"encoder": material.encoder(), "names": material.names}
         if material.descriptions is not None and self.describes:
             given |= _described(material, known)
         return {**{k: v for k, v in given.items() if k in known}, **self.options}
@@ -128,22 +166,26 @@ class Fitted:
     material: Material
     model: Any
 
-    def answer(self, x: np.ndarray) -> Answer:
-        """Classify images among the classes that were learned."""
+    def answer(self, asked: Question) -> Answer:
+        """Classify images among the classes that were learned, or among others, of which only words are known."""
         if self.model is None:
-            return self._by_words(x, self.material.text, self.material.names)
-        found = np.asarray(self.model.predict(x)).astype(int)
-        return Answer(found, self.model.predict_proba(x) if hasattr(self.model, "predict_proba") else None)
+            return self._by_words(asked.x, asked.text, asked.names)
+        if self.contestant.looks:
+            model = self.model if asked.own else self.model.to_new(asked.names)
+            probabilities = model.predict_proba(list(asked.items))
+            return Answer(probabilities.argmax(1), probabilities)
+        if not asked.own:
+            return self._answer_new(asked.x, asked.text, asked.names)
+        found = np.asarray(self.model.predict(asked.x)).astype(int)
+        return Answer(found, self.model.predict_proba(asked.x) if hasattr(self.model, "predict_proba") else None)
 
-    def answer_new(self, x: np.ndarray, text: np.ndarray, names: list[str]) -> Answer:
-        """Classify images among other classes, of which only words are known.
+    def _answer_new(self, x: np.ndarray, text: np.ndarray, names: list[str]) -> Answer:
+        """Classify among new classes.
 
         In this order: the method's own way (`to_new`); the method with both old and new words, if it takes classes
         without shots, read off at the new ones; zero-shot.
         """
         material = self.material
-        if self.model is None:
-            return self._by_words(x, text, names)
         if getattr(self.model, "text_", None) is not None and hasattr(self.model, "to_new"):
             new = self.model.to_new(text, material.x)
             return Answer(np.asarray(new.predict(x)).astype(int), new.predict_proba(x))
@@ -176,15 +218,16 @@ def contestants(specs: Sequence[str], descriptions: bool = False) -> tuple[list[
 
     Parameters
     ----------
-    specs : "all", names, "-name" to leave one out, names with arguments "gda(alpha=1.0)", separated by commas or apart
+    specs : "all" that classify features, "images" for all that learn from images, names, "-name" to leave one out,
+        names with arguments "gda(alpha=1.0)", separated by commas or apart
     descriptions : whether there are descriptions of the classes
     """
-    known = {info.name: info for area in AREAS for info in methods(area)}
+    known = {info.name: info for area in (*AREAS, *TOWERS) for info in methods(area)}
     wanted: dict[str, Contestant] = {}
     removed = []
     for spec in (part for text in specs for part in split_specs(text)):
-        if spec == "all":
-            wanted |= {info.name: Contestant(info.name, info) for info in all_methods()}
+        if spec in ALL:
+            wanted |= {info.name: Contestant(info.name, info) for info in all_methods(ALL[spec])}
         elif spec.startswith("-"):
             removed.append(check_choice("methods", spec[1:].replace("-", "_"), known))
         else:
@@ -214,9 +257,9 @@ def named(spec: str, known: dict[str, MethodInfo]) -> Contestant:
     return made
 
 
-def all_methods() -> list[MethodInfo]:
-    """Every registered method that classifies features."""
-    return [info for area in AREAS for info in methods(area) if classifies(info)]
+def all_methods(areas: Sequence[str] = AREAS) -> list[MethodInfo]:
+    """Every registered method that classifies, of features by default."""
+    return [info for area in areas for info in methods(area) if classifies(info)]
 
 
 def classifies(info: MethodInfo) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from ...data.labelled import LabelledSet, read_labelled
 from ...errors import ClipworksError, check_choice, check_range
 from ...progress import Progress
-from .contestants import Contestant, Material, contestants
+from .contestants import Contestant, Material, Question, contestants
 from .features import FeatureCache, data_digest, slug, write_atomically
 from .protocols import Grid, Test, Trial, protocols, trials
 from .work import Job, encoder_of, results_of
@@ -70,7 +70,7 @@ def bench(
     batch_size: int = 32,
     progress: bool | None = None,
 ) -> Done:
-    """Measure methods that classify features, from words or from a few labelled images.
+    """Measure methods that classify, from words or from a few labelled images.
 
     Parameters
     ----------
@@ -78,7 +78,8 @@ def bench(
         published layout; any other as CoOp's split json, folders per class, a table, or a Hugging Face folder. From
         Python also a mapping of names to folders or to `LabelledSet`s
     out : folder for runs, splits and cached features; the same command goes on where it was stopped
-    methods : "all", names, "-name" to leave one out, or names with arguments, "gda(alpha=1.0)"
+    methods : "all" that classify features, "images" for all that learn from the images themselves (prompts, tuning;
+        slow), names, "-name" to leave one out, or names with arguments, "gda(alpha=1.0)"
     protocol : few-shot, base-to-new, cross, domains, imbalanced, noisy; one or several
     shots : images per class
     seeds : of the draws; 1, 2, 3 are CoOp's
@@ -181,10 +182,12 @@ def _jobs(
     source = None if descriptions is None else _descriptions(descriptions)
     home = place / "runs" / f"{slug(Path(model).stem)}-{encoder.fingerprint[:8]}"
     first = min(trial.seed for trial in found)
-    ready: dict[int, dict[str, Any]] = {}
+    ready: dict[int, dict[str, Question]] = {}
 
-    def said_by(test: Test) -> np.ndarray:
-        return cache.words(test.classes, templates or test.data.templates)
+    def question(test: Test) -> Question:
+        said = cache.words(test.classes, templates or test.data.templates)
+        items = [test.data.items[row] for row in test.rows]
+        return Question(cache.vectors(test.data, test.rows), test.y, said, test.classes, items=items)
 
     for trial in found:
         split = trial.split()
@@ -198,11 +201,12 @@ def _jobs(
             cache.vectors(trial.data, trial.rows) if len(trial.rows) else np.empty((0, encoder.dim), np.float32),
             trial.y, words, trial.classes, (cache.vectors(trial.data, held[0]), held[1]) if held else None,
             functools.partial(encoder_of, model), described, encoder.logit_scale, trial.seed,
+            [trial.data.items[row] for row in trial.rows],
         )  # fmt: skip
         if id(trial.tests) not in ready:  # the trials of a set share their tests
-            ready[id(trial.tests)] = {name: (cache.vectors(t.data, t.rows), t.y, said_by(t), t.classes)
-                                      for name, t in trial.tests.items()}  # fmt: skip
-        tests = {name: (*given, given[3] == trial.classes) for name, given in ready[id(trial.tests)].items()}
+            ready[id(trial.tests)] = {name: question(test) for name, test in trial.tests.items()}
+        tests = {name: dataclasses.replace(asked, own=asked.names == trial.classes)
+                 for name, asked in ready[id(trial.tests)].items()}  # fmt: skip
         facts = {"encoder": encoder.fingerprint, "split": split.digest, "data": _digest_of(trial),
                  "classes": len(trial.data.classes), "state": state}  # fmt: skip
         for one in taking_part:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ClipworksError
-from .contestants import Contestant, Material
+from .contestants import Contestant, Material, Question
 from .features import write_atomically
 from .measure import Cost, score
 
@@ -33,7 +33,7 @@ class Job:
     key: str
     contestant: Contestant
     material: Material
-    tests: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, list[str], bool]]  # x, y, text, names, own classes
+    tests: dict[str, Question]
     facts: dict[str, Any]
 
 
@@ -104,18 +104,15 @@ def _measured(job: Job) -> dict[str, Any]:
         fitted = cost.step("fit", lambda: job.contestant.fit(material))
         found: dict[str, Any] = {}
         images = best = 0.0
-        for name, (x, y, text, names, own) in job.tests.items():
-
-            def answer(x=x, text=text, names=names, own=own):
-                return fitted.answer(x) if own else fitted.answer_new(x, text, names)
-
+        for name, asked in job.tests.items():
+            answer = functools.partial(fitted.answer, asked)
             given = cost.step("answer", answer)
             times = [cost.seconds["answer"]]
             while job.contestant.learns and len(times) < REPEATS and sum(times) < 1:
                 cost.step("answer", answer)
                 times.append(cost.seconds["answer"])
-            found[name] = {**score(y, given.found, given.probabilities), "by": given.by}
-            images, best = images + len(y), best + min(times)
+            found[name] = {**score(asked.y, given.found, given.probabilities), "by": given.by}
+            images, best = images + len(asked.y), best + min(times)
     except Exception as error:  # whatever a method raises must not end the others' runs
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}
     return {"results": found, "summary": summary(job.config["protocol"], found),
