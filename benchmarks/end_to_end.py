@@ -234,7 +234,7 @@ def prepare(box: Path, rows: list[str], threads: int) -> dict[str, Any]:
 # run in the peers' environment; the layout is that of the published "clip-ViT-B-32"
 PEER = """
 import json, pathlib, sys
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = [sys.argv[2], str(pathlib.Path(sys.argv[2]).parent / "src")]
 import end_to_end
 end_to_end.mend_torchvision()
 import torch
