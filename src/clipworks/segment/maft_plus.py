@@ -90,7 +90,7 @@ class MaftParts(nn.Module):
         self.decoder, self.head, self.transfer = decoder, head, transfer
 
 
-@method(card="maft-plus", level="M")
+@method(card="maft-plus", level="MR")
 class MAFTPlus(TrainedDense):
     """Fine-tune the image tower by mask quality and shift class words by the image.
 
