@@ -345,17 +345,6 @@ def test_rendered_views_of_the_other_side_help():
     assert scores[4] > 0.85
 
 
-@pytest.mark.slow
-def test_geometry_is_learned_from_the_images():
-    images, vectors = pictures(by_box)
-    options = SMALL | {"steps": 400, "rays": 256}
-    scene = opennerf(images, vectors, CAMERA, ring(), **options)
-    at = surface()
-    assert (scene.label(at, np.eye(8)[:2]) == by_box(at)).mean() > 0.95
-    seen = scene.render(CAMERA, ring()[0], SIDE, SIDE)
-    assert float(((seen.colour.numpy() - images[0]) ** 2).mean()) < 0.01
-
-
 def test_the_extractor_is_a_dense_method():
     encoder, picture = toy_encoder(), DRAW.integers(0, 256, (16, 24, 3), np.uint8)
     found = dense_features(encoder, side=16)(picture)
