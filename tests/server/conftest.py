@@ -15,10 +15,6 @@ if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "httpx")):  # 
     collect_ignore_glob = ["test_*.py"]
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "browser: needs playwright and a Chromium; skipped without")
-
-
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """Folder with `photos/`, `toy.safetensors` and the collection `kept`."""
