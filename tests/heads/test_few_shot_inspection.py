@@ -9,7 +9,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from clipworks.errors import ClipworksError
 from clipworks.heads.common import ALPHAS
-from clipworks.heads.few_shot_inspection import FewShotInspection, conformal_quantile
+from clipworks.heads.few_shot_inspection import FewShotInspection
+from clipworks.metrics.conformal import conformal_quantile
 
 
 def oracle(x, y, held):

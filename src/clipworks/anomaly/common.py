@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from ..errors import BadImage, ClipworksError, check_range
+from ..metrics.conformal import conformal_quantile
 
 SAME = 1e-3  # unit rows closer than this are equal up to float32's rounding
 SMOOTHING = 4 / 224  # standard deviation of the smoothing as a share of the image's side: 4 pixels of 224
@@ -270,5 +271,4 @@ def quantile(scores: np.ndarray, rate: float) -> float:
     >>> quantile(np.arange(99.0), 0.05)
     94.0
     """
-    rank = math.ceil((1 - rate) * (len(scores) + 1) - 1e-9)
-    return float(np.sort(scores)[min(rank, len(scores)) - 1])
+    return min(conformal_quantile(scores, rate), float(np.max(scores)))

@@ -16,12 +16,12 @@ Larger classes have more chances at the maximum: keep the numbers of images alik
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from ..errors import ClipworksError, check_range
+from ..metrics.conformal import conformal_quantile
 from ..registry import method
 from ..types import Features
 from .common import ALPHAS, SCALE, Choice, Head, Shots, check_vectors, class_numbers, unit
@@ -129,13 +129,3 @@ class FewShotInspection(Head):
                 column[part, c] = low + own.argmax(1)
                 found[part, c] = own.max(1)
         return found, column
-
-
-def conformal_quantile(strange: np.ndarray, rate: float) -> float:
-    """Return the ceil((1 - rate) (n + 1))-th smallest value, infinity where there are too few for that.
-
-    >>> conformal_quantile(np.array([0.3, 0.1, 0.2]), 0.25), conformal_quantile(np.array([0.3, 0.1, 0.2]), 0.2)
-    (0.3, inf)
-    """
-    rank = max(math.ceil((1 - rate) * (len(strange) + 1) - 1e-9), 1)
-    return float(np.sort(strange)[rank - 1]) if rank <= len(strange) else math.inf

@@ -23,3 +23,9 @@ def as_logits(name: str, logits: Any) -> np.ndarray:
             f"{name} must be finite. Got NaN or infinity in {int((~np.isfinite(found)).sum())} places."
         )
     return found
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise unless a temperature is above 0."""
+    if not temperature > 0:
+        raise ClipworksError(f"temperature must be above 0. Got {temperature!r}.")

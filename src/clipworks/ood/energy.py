@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ClipworksError
 from ..registry import method
 from ..zeroshot import open_set
-from .common import as_logits
+from .common import as_logits, check_temperature
 
 
 @method(card="clipn", level="M")
@@ -51,7 +50,6 @@ def energy(logits: Any, *, temperature: float = 1.0) -> np.ndarray:
     >>> energy(np.log([[1.0, 2.0], [0.5, 0.5]])).round(4)
     array([1.0986, 0.    ])
     """
-    if not temperature > 0:
-        raise ClipworksError(f"temperature must be above 0. Got {temperature!r}.")
+    check_temperature(temperature)
     logits = as_logits("logits", logits)
     return open_set.energy(logits, scale=1.0, temperature=temperature)

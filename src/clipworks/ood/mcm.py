@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ClipworksError
 from ..registry import method
 from ..zeroshot import open_set
-from .common import as_logits
+from .common import as_logits, check_temperature
 
 
 @method(card="clipn", level="M")
@@ -51,7 +50,6 @@ def mcm(cosines: Any, *, temperature: float = 1.0) -> np.ndarray:
     >>> mcm(np.array([[0.3, 0.1, 0.1], [0.2, 0.2, 0.2]])).round(4)
     array([0.3792, 0.3333])
     """
-    if not temperature > 0:
-        raise ClipworksError(f"temperature must be above 0. Got {temperature!r}.")
+    check_temperature(temperature)
     cosines = as_logits("cosines", cosines)
     return open_set.mcm(cosines, temperature=temperature)

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ClipworksError
 from ..registry import method
 from ..zeroshot import open_set
-from .common import as_logits
+from .common import as_logits, check_temperature
 
 
 @method(card="clipn", level="M")
@@ -52,7 +51,6 @@ def msp(logits: Any, *, temperature: float = 1.0) -> np.ndarray:
     >>> msp(np.log([[0.7, 0.2, 0.1], [0.4, 0.3, 0.3]]))
     array([0.7, 0.4])
     """
-    if not temperature > 0:
-        raise ClipworksError(f"temperature must be above 0. Got {temperature!r}.")
+    check_temperature(temperature)
     logits = as_logits("logits", logits)
     return open_set.msp(logits, scale=1.0, temperature=temperature)

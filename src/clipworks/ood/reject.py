@@ -28,7 +28,7 @@ from ..errors import ClipworksError, check_choice, check_range
 from ..heads.common import check_vectors, fold_numbers, unit
 from ..registry import method
 from ..types import Features
-from ..zeroshot.open_set import _quantile
+from ..zeroshot.open_set import lower_threshold
 from .energy import energy
 from .max_logit import max_logit
 from .msp import msp
@@ -126,7 +126,7 @@ class Reject(BaseEstimator):
         table = table[np.random.default_rng(0).permutation(len(table))]
         half = len(table) // 2 if len(self.scores) > 1 else 0
         self.reference_ = np.sort(table[:half] if half else table, axis=0)
-        self.threshold_ = _quantile(np.sort(self._combined(table[half:])), self.rate)
+        self.threshold_ = lower_threshold(self._combined(table[half:]), self.rate)
         return self
 
     def score_samples(self, x: Any) -> np.ndarray:

@@ -26,6 +26,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
 from ..errors import ClipworksError, check_choice, check_range
+from ..metrics.conformal import conformal_quantile
 from ..registry import method
 from .sentences import as_text, as_vectors, softmax
 
@@ -137,7 +138,7 @@ class OpenSet(BaseEstimator):
         self.text_ = text
         self.classes_ = np.arange(len(text)) if self.names is None else np.array(list(self.names))
         scores = np.sort(self._scores(x @ text.T))
-        threshold = _between(scores) if self.rate is None else _quantile(scores, self.rate)
+        threshold = _between(scores) if self.rate is None else lower_threshold(scores, self.rate)
         self.scores_, self.threshold_ = scores, threshold
         return self
 
@@ -173,15 +174,21 @@ class OpenSet(BaseEstimator):
         return SCORES[self.score](cosines.astype(np.float64), self.scale, self.temperature)
 
 
-def _quantile(scores: np.ndarray, rate: float) -> float:
-    """The floor(rate (n + 1))-th smallest score: a further one is at or below it with probability at most rate."""
+def lower_threshold(scores: np.ndarray, rate: float) -> float:
+    """Return the score that a further one is at or below with probability at most `rate`.
+
+    Raises
+    ------
+    ClipworksError
+        If there are too few scores for the rate.
+    """
     if not 0 < rate < 1:
         raise ClipworksError(f"rate must lie between 0 and 1, or be None for a mixed lot. Got {rate!r}.")
-    rank = math.floor(rate * (len(scores) + 1) + 1e-9)
-    if not rank:
+    threshold = -conformal_quantile(-scores, rate)
+    if threshold == -math.inf:
         need = math.ceil(1 / rate - 1 - 1e-9)
         raise ClipworksError(f"features must hold at least {need} vectors for a rate of {rate}. Got {len(scores)}.")
-    return float(scores[rank - 1])
+    return threshold
 
 
 def _between(scores: np.ndarray) -> float:
