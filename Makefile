@@ -34,7 +34,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.dev
-	set -e; for script in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python $$script; done
+	set -e; for script in $$(grep -l __main__ benchmarks/*.py | grep -v second_encoder); do $(BIN)/python $$script; done
 
 clean:
 	rm -rf $(VENV) demo build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,6 +31,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,7 @@ from common import record
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+WORK = Path(tempfile.gettempdir()) / "clipworks-benchmarks" / "few_shot"
 MOST, SHOTS = 1000, (1, 2, 4, 8, 16)
 SLOW = ("-auto",)  # chooses among all others by cross-validation; measured apart, in its own script
 
@@ -123,7 +125,7 @@ def numbers(runs: list[Run], failed: dict[str, tuple[int, str]]) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
+    parser.add_argument("work", type=Path, nargs="?", default=WORK, help="folder of features and runs")
     parser.add_argument("--data", type=Path, default=SHARED)
     parser.add_argument("--packages", type=Path)
     parser.add_argument("--model", type=Path, help="weights in the place of the bundled model's")

@@ -19,7 +19,7 @@ from pathlib import Path
 from clipworks.analysis.bench.run import bench
 from clipworks.analysis.bench.summary import failures, read_runs
 from common import record
-from few_shot import SHARED, numbers, sets
+from few_shot import SHARED, WORK, numbers, sets
 
 HEADS = ("classifier", "ridge", "linear_probe", "cross_modal", "tip_adapter")
 SETS = ("oxford_pets", "pacs", "traffic_lights", "textiles", "cifar10", "fashion_mnist")
@@ -29,7 +29,7 @@ BASE_TO_NEW = ("pacs", "cifar10", "fashion_mnist", "emoji_styles")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
+    parser.add_argument("work", type=Path, nargs="?", default=WORK.with_name("learned"), help="folder of features and runs")
     parser.add_argument("--data", type=Path, default=SHARED)
     parser.add_argument("--packages", type=Path)
     parser.add_argument("--methods", nargs="+", default=["images"])

@@ -36,6 +36,7 @@ from clipworks.retrieval.query_expansion import expand_query
 from clipworks.retrieval.rerank import reciprocal_distances
 from clipworks.types import Features
 from common import record
+from few_shot import SHARED
 
 SEED = 0
 SYNONYMS = {"person": ["man", "woman", "boy", "girl", "child", "lady", "player", "rider"], "cell phone": ["phone"],
@@ -241,7 +242,7 @@ PARTS: dict[str, Callable[[Any, Path], dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the real data")
+    parser.add_argument("--data", type=Path, default=SHARED, help="folder of the real data")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run; the others keep their result")
     parser.add_argument("--encoder", default="clipworks-small")
     given = parser.parse_args()

@@ -23,13 +23,14 @@ from clipworks.metrics.retrieval import image_retrieval
 from clipworks.tuning.retrieval_finetuning import TEMPLATES, WAYS, RetrievalFinetuning
 from clipworks.zeroshot.classifier import class_vectors
 from common import record
+from few_shot import SHARED
 
 SEED, IMAGES = 5, 24
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the real data")
+    parser.add_argument("--data", type=Path, default=SHARED, help="folder of the real data")
     parser.add_argument("--classes", type=int, default=24)
     parser.add_argument("--shots", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=5, help="with the margin; the text tower takes three")
