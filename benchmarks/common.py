@@ -16,8 +16,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("clipworks", "torch", "numpy", "pillow", "transformers", "faiss-cpu", "lancedb", "scikit-learn",
-            "simplejpeg", "open_clip_torch", "fastapi",
-            "uvicorn", "openvino", "onnxruntime", "nncf")  # fmt: skip
+            "simplejpeg", "open_clip_torch", "fastapi", "uvicorn", "openvino", "onnxruntime", "nncf")  # fmt: skip
 
 
 def record(name: str, results: Any, seed: int, data_digest: str | None = None) -> Path:

@@ -4,8 +4,7 @@
 
 WORK and PACKAGES are those of few_shot.py. Each run passes through the towers, so there are fewer of them than there:
 16 images of every class (of CIFAR-10 and Fashion-MNIST 8), seeds 1, 2, 3, at most `--most` test images, the bundled
-model, every method with its defaults unless `SETTINGS` says otherwise. Sets and methods go round by seed, so that what
-is there after any time is balanced. `benchmarks/results/learned.json` holds every number, with the zero-shot classifier
+model, every method with its defaults. Sets go round by seed, so that what is there after any time is balanced. `benchmarks/results/learned.json` holds every number, with the zero-shot classifier
 and four heads on the same images.
 """
 
@@ -29,7 +28,7 @@ BASE_TO_NEW = ("pacs", "cifar10", "fashion_mnist", "emoji_styles")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, nargs="?", default=WORK.with_name("learned"), help="folder of features and runs")
+    parser.add_argument("work", type=Path, nargs="?", default=WORK.with_name("learned"), help="features and runs")
     parser.add_argument("--data", type=Path, default=SHARED)
     parser.add_argument("--packages", type=Path)
     parser.add_argument("--methods", nargs="+", default=["images"])

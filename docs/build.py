@@ -1,30 +1,29 @@
-"""Rebuild what is generated here: the table of methods, and the output of the examples in commands.md.
+"""Rebuild what is generated here: the table of methods, and the output of the examples.
 
-    python docs/build.py           write both
+    python docs/build.py           write them
     python docs/build.py --check   say what is out of date, exit code 1 if anything is
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import os
-import re
-import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipworks.cli.main import main as clipworks
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, also where this file is loaded by its path
+
+import examples
+import samples
+
 from clipworks.registry import AREAS, MethodInfo, methods
 
 DOCS = Path(__file__).parent
-TABLE, COMMANDS = DOCS / "methods" / "README.md", DOCS / "commands.md"
+TABLE = DOCS / "methods" / "README.md"
+SHOWN = [DOCS / "commands.md", *sorted((DOCS / "quickstart").glob("*.md"))]  # pages with what commands print
 MODEL = DOCS.parent / "src" / "clipworks" / "encoders" / "weights" / "clipworks-small.safetensors"
-BLOCK = re.compile(r"(?<=^```console\n)(.*?)(?=^```$)", re.M | re.S)
 
 HEAD = """\
 # Methods
@@ -52,76 +51,11 @@ def row(info: MethodInfo) -> str:
     return f"| [{info.name}]({info.area}/{info.name}.md) | {info.summary.rstrip('.')} | {holds} | {info.card} |"
 
 
-def commands_page(text: str) -> str:
-    """Return the page with the output of every example as it is now."""
+def page_with_outputs(page: Path) -> str:
+    """Return a page with the output of every example as it is now."""
     with tempfile.TemporaryDirectory() as folder, working_in(folder):
-        sample_files(Path())
-        return BLOCK.sub(lambda block: "\n".join(run(line) for line in examples(block.group())) + "\n", text)
-
-
-def examples(block: str) -> list[str]:
-    """The commands of a block, without their prompt; a line that ends in a backslash goes on."""
-    lines = block.replace("\\\n", "\\\0").split("\n")
-    return [line[2:].replace("\\\0", "\\\n") for line in lines if line.startswith("$ ")]
-
-
-def run(line: str) -> str:
-    """Run one example in this process and return it with what it printed; `| head -n N` is understood."""
-    words = shlex.split(line.replace("\\\n", " "))
-    lines = int(words[-1]) if words[-4:-1] == ["|", "head", "-n"] else None
-    words = words if lines is None else words[:-4]
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        code = clipworks(words[1:])
-    shown = "\n".join(output.getvalue().rstrip().splitlines()[:lines])
-    note = f"(exit code {code})" if code and lines is None else ""
-    return "\n".join(part for part in (f"$ {line}", shown, note) if part)
-
-
-CAPTIONS = {"temple": "a temple by the water", "flower": "a flower in the evening light"}
-
-
-def sample_files(folder: Path) -> None:
-    """In `photos` two real photos that come with scikit-learn, a smaller copy of one, and a damaged file.
-
-    For training, the two with captions in `pairs`, in folders of their class in `classes`, four parts of each in
-    `parts`, and a tiny configuration.
-    """
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    from clipworks.encoders.config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
-
-    pairs, classes, folder = folder / "pairs", folder / "classes", folder / "photos"
-    (folder / "copies").mkdir(parents=True)
-    pairs.mkdir()
-    china, flower = (Image.fromarray(pixels) for pixels in load_sample_images().images)
-    china.save(folder / "temple.jpg", quality=92)
-    flower.save(folder / "flower.jpg", quality=92)
-    flower.resize((320, 213)).save(folder / "copies" / "flower-small.jpg", quality=85)
-    for name, caption in CAPTIONS.items():
-        (classes / name).mkdir(parents=True)
-        for place in (pairs, classes / name):
-            shutil.copy(folder / f"{name}.jpg", place)
-        (pairs / f"{name}.txt").write_text(caption)
-        quarters(folder / f"{name}.jpg", folder.parent / "parts" / name)
-    vision = VisionConfig(image_size=32, patch_size=8, width=24, layers=1, heads=3, mlp_width=48)
-    text = TextConfig(width=24, layers=1, heads=3, mlp_width=48)
-    tiny = EncoderConfig("tiny", 16, vision, text, PreprocessConfig(size=32))
-    (folder.parent / "tiny.json").write_text(json.dumps(tiny.to_dict()))
-    whole = (folder / "temple.jpg").read_bytes()
-    (folder / "damaged.jpg").write_bytes(whole[: len(whole) // 3])
-
-
-def quarters(path: Path, folder: Path) -> None:
-    """Cut a photo into four overlapping parts."""
-    from PIL import Image
-
-    folder.mkdir(parents=True)
-    with Image.open(path) as image:
-        width, height = (3 * side // 4 for side in image.size)
-        for i, (x, y) in enumerate((x, y) for y in (0, image.height - height) for x in (0, image.width - width)):
-            image.crop((x, y, x + width, y + height)).save(folder / f"{i}.jpg", quality=92)
+        samples.write(Path())
+        return examples.played(page)
 
 
 @contextlib.contextmanager
@@ -135,28 +69,23 @@ def working_in(folder: str) -> Iterator[None]:
 
 
 def alike(first: str, second: str) -> bool:
-    """Whether two pages say the same, numbers aside: scores and times differ a little between machines."""
-    return plain(first) == plain(second)
-
-
-def plain(text: str) -> str:
-    return re.sub(r"[ \t-]+", " ", re.sub(r"\d+(\.\d+)?", "0", text))
+    """Whether two pages say the same, numbers aside."""
+    return examples.plain(first) == examples.plain(second)
 
 
 def main() -> int:
-    before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in (TABLE, COMMANDS)}
-    made = {TABLE: methods_page(methods()), COMMANDS: before[COMMANDS]}
-    if MODEL.exists():
-        made[COMMANDS] = commands_page(before[COMMANDS])
-    stale = [TABLE] if before[TABLE] != made[TABLE] else []
-    stale += [] if alike(before[COMMANDS], made[COMMANDS]) else [COMMANDS]
+    pages = [TABLE, *(SHOWN if MODEL.exists() else [])]
+    before = {page: page.read_text(encoding="utf-8") if page.exists() else "" for page in pages}
+    made = {page: methods_page(methods()) if page == TABLE else page_with_outputs(page) for page in pages}
+    same = {page: before[page] == made[page] if page == TABLE else alike(before[page], made[page]) for page in pages}
+    stale = [page for page in pages if not same[page]]
     if "--check" in sys.argv:
-        print("\n".join(f"{path.relative_to(DOCS.parent)} is out of date: make docs" for path in stale) or "up to date")
+        print("\n".join(f"{page.relative_to(DOCS.parent)} is out of date: make docs" for page in stale) or "up to date")
         return 1 if stale else 0
-    for path in stale:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(made[path], encoding="utf-8")
-        print(f"written: {path.relative_to(DOCS.parent)}")
+    for page in stale:
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(made[page], encoding="utf-8")
+        print(f"written: {page.relative_to(DOCS.parent)}")
     return 0
 
 

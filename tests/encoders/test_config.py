@@ -51,6 +51,15 @@ def test_missing_keys_take_their_defaults():
         ({"text": {"norm_order": "before"}}, "norm_order must be one of"),
         ({"text": {"projection": False, "width": 256}}, "text.width"),
         ({"preprocess": {"crop": "middle"}}, "preprocess.crop must be one of"),
+        ({"preprocess": {"std": [0.5, 0.0, 0.5]}}, "preprocess.std must lie in"),
+        ({"preprocess": {"size": 10**6}}, r"preprocess.size must lie in \[1, 4096\]"),
+        ({"preprocess": {"mean": [0.5]}}, r"PreprocessConfig.mean must be tuple\[float, float, float\]. Got \(0.5,\)"),
+        ({"dim": "8"}, "EncoderConfig.dim must be int. Got '8'"),
+        ({"dim": True}, "EncoderConfig.dim must be int, .*Got True"),
+        ({"vision": None}, "EncoderConfig.vision must be VisionConfig. Got None"),
+        ({"vision": {"width": 10**30}}, "VisionConfig.width must be int, finite and below 2.31. Got 10"),
+        ({"init_log_scale": float("nan")}, "EncoderConfig.init_log_scale must be float, finite.* Got nan"),
+        ({"logit_bias": "x"}, r"EncoderConfig.logit_bias must be float \| None. Got 'x'"),
     ],
 )
 def test_messages(given, message):

@@ -304,6 +304,9 @@ def test_bad_tokenizer_files(tmp_path):
         PretrainedTokenizer(bare)
     with pytest.raises(ClipworksError, match=r"clean must be one of.*Did you mean 'canonicalize'"):
         PretrainedTokenizer(bare, clean="canonicalise")
+    lacking = Tokenizer(models.Unigram([("a", -1.0)])).to_str().encode()
+    with pytest.raises(BadWeights, match="no way to write these texts"):
+        PretrainedTokenizer(lacking, pad_id=0, eot_id=0).encode(["b"], 8)
 
 
 def test_missing_tokenizer_says_which_file():

@@ -298,6 +298,7 @@ def entry(shape: object, begin: object, end: object, dtype: object = "F32") -> d
         ({"a": entry([-2], 0, 8)}, b"\0" * 8, None, "impossible shape"),
         ({"a": entry([-2, -1], 0, 8)}, b"\0" * 8, None, "impossible shape"),
         ({"a": entry([2**62, 4], 0, 8)}, b"\0" * 8, None, "needs 73786976294838206464 bytes"),
+        ({"a": entry([10**4000, 10**4000], 0, 8)}, b"\0" * 8, None, "claims more than any file"),
         ({"a": entry([True], 0, 4)}, b"\0" * 4, None, "impossible shape"),
         ({"a": entry([2], 8, 0)}, b"\0" * 8, None, "its range has -8"),
         ({"a": entry([2], -8, 0)}, b"\0" * 8, None, "impossible byte range"),

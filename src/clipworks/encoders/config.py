@@ -7,20 +7,33 @@ configuration written by another version is never half understood.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import ClipworksError, check_choice, check_range, closest
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "relu")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LARGEST = 4096  # side of a prepared image in pixels, of which 200 MB are a tensor
+MOST = 2**31  # what no size of a model reaches
 C = TypeVar("C", bound="_Config")
 
 
 class _Config:
-    """JSON round trip shared by all configurations."""
+    """JSON round trip and the check of types shared by all configurations."""
+
+    def __post_init__(self) -> None:
+        """Refuse a value of another type than the field's: it may come from anyone's file."""
+        for name, kind in _kinds(type(self)).items():
+            value = getattr(self, name)
+            if not _is(value, kind):
+                shown = str(kind) if get_args(kind) else kind.__name__
+                shown += ", finite and below 2^31" if isinstance(value, numbers.Real) else ""
+                raise ClipworksError(f"{type(self).__name__}.{name} must be {shown}. Got {value!r:.60}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and strings, ready for JSON."""
@@ -91,6 +104,7 @@ class VisionConfig(_Config):
     memory: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("vision.memory", self.memory, 0)
         check_choice("vision.kind", self.kind, ("vit", "resnet"))
         check_choice("vision.activation", self.activation, ACTIVATIONS)
@@ -162,6 +176,7 @@ class TextConfig(_Config):
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("text.activation", self.activation, ACTIVATIONS)
         check_choice("text.pool", self.pool, ("eot", "last", "mean", "first"))
         check_choice("text.norm_order", self.norm_order, ("pre", "post"))
@@ -191,6 +206,10 @@ class PreprocessConfig(_Config):
     crop: str = "center"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("preprocess.size", self.size, 1, LARGEST)
+        for deviation in self.std:
+            check_range("preprocess.std", deviation, 1e-6)
         check_choice("preprocess.interpolation", self.interpolation, ("bicubic", "bilinear"))
         check_choice("preprocess.resize", self.resize, ("shortest", "squash"))
         check_choice("preprocess.crop", self.crop, ("center", "none"))
@@ -225,6 +244,7 @@ class EncoderConfig(_Config):
     logit_bias: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("dim", self.dim, 1)
         if self.vision.kind == "vit" and not self.vision.projection and self.vision.width != self.dim:
             raise ClipworksError(
@@ -254,3 +274,20 @@ def _check_heads(where: str, width: int, heads: int) -> None:
     check_range(f"{where}.heads", heads, 1)
     if width % heads:
         raise ClipworksError(f"{where}.heads must divide the width {width}. Got {heads}.")
+
+
+_kinds: Callable[[type], dict[str, Any]] = cache(get_type_hints)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of a field; whole numbers do for real ones, which must be finite."""
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        inner = inner[:1] * len(value) if inner[-1] is Ellipsis and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_is, value, inner))
+    if get_args(kind):  # one of several
+        return any(_is(value, one) for one in get_args(kind))
+    if kind in (int, float):
+        right = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        return right and abs(value) < MOST
+    return isinstance(value, kind)

@@ -73,9 +73,9 @@ def take(pairs: Iterable[Pair], theirs: Mapping[str, torch.Tensor], what: str) -
         if tensor.shape[: pair.lead] != (1,) * pair.lead:
             raise BadWeights(f"{pair.theirs} has the shape {tuple(tensor.shape)}, not one in front. {what}")
         tensor = tensor.reshape(tensor.shape[pair.lead :])
-        if pair.transpose:
+        if pair.transpose and tensor.ndim == 2:  # any other shape is named when it is compared
             tensor = tensor.T
-        if tensor.ndim and tensor.shape[0] % len(pair.ours):
+        if len(pair.ours) > 1 and (not tensor.ndim or tensor.shape[0] % len(pair.ours)):
             raise BadWeights(
                 f"{pair.theirs} of shape {tuple(tensor.shape)} does not split into {len(pair.ours)}. {what}"
             )

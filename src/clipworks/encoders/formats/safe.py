@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
+MOST = 2**63
 ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
@@ -78,6 +79,8 @@ def _check_ranges(path: Path, entries: dict[str, Any], data_bytes: int) -> None:
         if not _naturals(entry["data_offsets"]) or len(entry["data_offsets"]) != 2:
             raise BadWeights(f"{path}: tensor {name!r} has the impossible byte range {entry['data_offsets']!r:.80}.")
         begin, end = entry["data_offsets"]
+        if max((end, *entry["shape"])) > MOST:  # such numbers could not even be written into a message
+            raise BadWeights(f"{path}: tensor {name!r} claims more than any file holds.")
         needed = math.prod(entry["shape"]) * ITEM_BITS[entry["dtype"]] // 8
         if end > data_bytes:
             raise BadWeights(

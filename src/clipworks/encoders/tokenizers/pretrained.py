@@ -64,11 +64,11 @@ class PretrainedTokenizer:
         try:
             self._model = Tokenizer.from_str(self.data.decode("utf-8"))
             padding = json.loads(self.data).get("padding") or {}
+            self._model.no_padding()
+            self._model.no_truncation()
+            self.prefix, self.suffix = self._specials()
         except Exception as error:  # the library raises bare Exception
             raise BadWeights(f"tokenizer.json cannot be read: {error}") from error
-        self._model.no_padding()
-        self._model.no_truncation()
-        self.prefix, self.suffix = self._specials()
         self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
         self.pad_id = _first(
             pad_id, padding.get("pad_id"), *map(self._model.token_to_id, ("<pad>", "[PAD]")), what="pad_id"
@@ -96,7 +96,10 @@ class PretrainedTokenizer:
         cleaned = [common.CLEANERS[self.clean](t) for t in common.as_list(texts)]
         # a lone surrogate is no Unicode text and the library refuses it
         safe = [t.encode("utf-8", errors="replace").decode("utf-8") for t in cleaned]
-        return self._model.encode_batch(safe, add_special_tokens=False)
+        try:
+            return self._model.encode_batch(safe, add_special_tokens=False)
+        except Exception as error:  # as above; a file may lack what only some texts need
+            raise BadWeights(f"tokenizer.json has no way to write these texts: {error}") from error
 
     def encode(
         self, texts: str | Sequence[str], context_length: int, on_long: str = "truncate"
