@@ -4,8 +4,8 @@
 
 WORK and PACKAGES are those of few_shot.py. Each run passes through the towers, so there are fewer of them than there:
 16 images of every class (of CIFAR-10 and Fashion-MNIST 8), seeds 1, 2, 3, at most `--most` test images, the bundled
-model, every method with its defaults. Sets go round by seed, so that what is there after any time is balanced. `benchmarks/results/learned.json` holds every number, with the zero-shot classifier
-and four heads on the same images.
+model, every method with its defaults. Sets go round by seed, so that what is there after any time is balanced.
+`benchmarks/results/learned.json` holds every number, with the zero-shot classifier and four heads on the same images.
 """
 
 from __future__ import annotations
