@@ -50,9 +50,9 @@ class FolderSource(Source):
         names: list[str] = []
         sidecars: set[str] = set()
         for folder, folders, files in os.walk(self.root, onerror=_unreadable):
-            folders[:] = [f for f in folders if not _hidden(f)]
+            folders[:] = [f for f in folders if not hidden(f)]
             for file in files:
-                if _hidden(file):
+                if hidden(file):
                     continue
                 name = os.path.relpath(os.path.join(folder, file), self.root)
                 suffix = os.path.splitext(file)[1].lower()
@@ -74,11 +74,14 @@ class FolderSource(Source):
             label = key.split("/")[0] if self.label_from == "folder" and "/" in key else None
             yield Item(key, path, caption, label, columns, modified(path))
 
+    def _sidecar(self, name: str) -> bytes | None:
+        return _read(self.root / name)
+
     def _caption(self, name: str) -> tuple[str | None, dict[str, Any]]:
         stem = os.path.splitext(name)[0]
         for ending in SIDECARS:
             if stem + ending in self.sidecars:
-                data = _read(self.root / (stem + ending))
+                data = self._sidecar(stem + ending)
                 if data is None:
                     continue
                 if ending != ".json":
@@ -114,7 +117,7 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 

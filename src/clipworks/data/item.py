@@ -16,6 +16,19 @@ from ..errors import BadImage
 from .decode import DEFAULT_LIMITS, ImageSource, Limits, decode
 
 
+@dataclass(frozen=True)
+class Remote:
+    """An image at an address that fsspec can open (`s3://...`, `gs://...`), read when it is asked for."""
+
+    address: str
+
+    def read(self) -> bytes:
+        import fsspec
+
+        with fsspec.open(self.address, "rb") as stream:
+            return stream.read()
+
+
 @dataclass
 class Item:
     """One image with its key and what belongs to it; nothing is read or decoded until it is asked for.
@@ -23,7 +36,8 @@ class Item:
     Attributes
     ----------
     key : unique name within its source; for files the relative path with forward slashes
-    image : path, encoded bytes, PIL image or uint8 array; None when `error` says why there is none
+    image : path, encoded bytes, PIL image, uint8 array, or `Remote`, which `source` reads; None when `error` says why
+        there is none
     caption, label : text and class that came with it, if any
     columns : further columns of a table or of a sidecar file
     mtime : modification time of the file in seconds since 1970, if there is a file
@@ -31,7 +45,7 @@ class Item:
     """
 
     key: str
-    image: ImageSource | None = None
+    image: ImageSource | Remote | None = None
     caption: str | None = None
     label: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +56,11 @@ class Item:
         """The image as given, or `BadImage` when the source refused it."""
         if self.error is not None or self.image is None:
             raise BadImage(self.key, self.error or "has no image")
+        if isinstance(self.image, Remote):
+            try:
+                return self.image.read()
+            except Exception as error:  # every kind of store has errors of its own
+                raise BadImage(self.key, f"cannot be read ({error})") from error
         return self.image
 
     def decode(self, *, limits: Limits = DEFAULT_LIMITS) -> Image.Image:

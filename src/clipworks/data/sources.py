@@ -24,6 +24,7 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 # kind -> the options of `open_source` that mean something to it
 OPTIONS = {
     "folder": ("captions", "label_from"),
+    "remote": ("captions", "label_from"),
     "paths": (),
     "list": ("allow_outside",),
     "table": ("image_column", "caption_column", "label_column", "key_column", "allow_outside"),
@@ -106,11 +107,14 @@ def open_source(
     ----------
     spec : a folder, an image file, a list of paths, a text file with one path per line, a CSV / TSV / Parquet file,
         one or more webdataset tar files, a video file, a `datasets.Dataset`, a folder made by its `save_to_disk`, or
-        "hf:org/name" (the only form that uses the network). An open `Source` is returned as it is.
-    kind : "auto" or one of "folder", "paths", "list", "table", "parquet", "webdataset", "huggingface", "video"
+        "hf:org/name", or with kind="remote" an address such as "s3://bucket/photos" (these two use the network). An
+        open `Source` is returned as it is.
+    kind : "auto" or one of "folder", "remote", "paths", "list", "table", "parquet", "webdataset", "huggingface",
+        "video"
     image_column, caption_column, label_column, key_column : column names of a table; guessed from common names
-    captions : folder: read the caption beside each image (same stem; .txt, .caption, or .json with "caption")
-    label_from : folder: "none", or "folder" to take the name of the first folder as the label
+    captions : folder and remote: read the caption beside each image (same stem; .txt, .caption, or .json with
+        "caption")
+    label_from : folder and remote: "none", or "folder" to take the name of the first folder as the label
     allow_outside : tables and lists: accept paths that leave the folder of the table
     split : Hugging Face: which split
     every : video: seconds between frames
@@ -159,6 +163,10 @@ def _open(kind: str, spec: Any, options: dict[str, Any], limits: Limits) -> Sour
         from .folder import FolderSource
 
         return FolderSource(spec, **options)
+    if kind == "remote":
+        from .remote import RemoteSource
+
+        return RemoteSource(spec, limits=limits, **options)
     if kind in ("list", "table"):
         from .tables import ListSource, TableSource
 
