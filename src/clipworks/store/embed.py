@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BadImage, ClipworksError, CollectionError, check_choice, check_range
+from ..errors import BadImage, ClipworksError, CollectionError, check_choice, check_range, need
 from ..progress import Progress
 from . import snapshot
 from .changes import Known, UserColumns, read_once
@@ -27,10 +27,13 @@ from .writer import Writer
 
 if TYPE_CHECKING:
     from ..data.item import Item
+    from ..data.loader import Batch
     from ..encoders.encoder import Encoder
+    from .engine_ray import RayBatches
 
 PATIENCE = 10.0  # seconds after which encoded rows are committed even if they are few
 ON_ERROR = ("report", "skip", "raise")
+ENGINES = ("local", "ray")
 
 
 @dataclass
@@ -50,7 +53,7 @@ class EmbedReport:
     notes : what else a person should know, a sentence each
     ignored : file ending -> files of the source that are no images
     seconds : of wall time
-    wait_share : share of that time in which the encoder waited for images
+    wait_share : share of that time in which the encoder (with engine="ray": the actors') waited for images
     """
 
     path: str
@@ -98,6 +101,8 @@ def embed(
     on_error: str = "report",
     commit_every: int = 256,
     progress: bool | None = None,
+    engine: str = "local",
+    actors: int | None = None,
     kind: str = "auto",
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -129,6 +134,9 @@ def embed(
     on_error : what to do with an image that cannot be used: "report" lists it, "skip" counts it, "raise" stops
     commit_every : rows per commit; what a kill can cost
     progress : show a progress bar (default: on a terminal)
+    engine : "local" encodes in this process; "ray" in actors on this machine or on a cluster (RAY_ADDRESS names it),
+        which gives the same collection (see docs/scale.md)
+    actors : how many with engine="ray" (default: as many as the machines' cores, or GPUs, allow)
     kind : what the source is: "auto", "folder", "paths", "list", "table", "parquet", "webdataset",
         "huggingface", "video"
     image_column, caption_column, label_column, key_column : columns of a table (default: guessed)
@@ -154,6 +162,7 @@ def embed(
     check_choice("on_error", on_error, ON_ERROR)
     check_range("batch_size", batch_size, 1)
     check_range("commit_every", commit_every, 1)
+    _check_engine(engine, actors)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
     path, started = Path(out), time.perf_counter()
@@ -182,7 +191,12 @@ def embed(
                 f"{dtype or writer.dtype} of length {model.dim} do not fit. Leave dtype out, or overwrite=True."
             )
         run = _Run(writer, model, EmbedReport(str(path)), batch_size, workers, on_error, commit_every)
-        run.all(opened, progress, prune)
+        remote = None
+        if engine == "ray":
+            from .engine_ray import RayBatches
+
+            remote = RayBatches(run.todo(opened), model, name, batch_size, workers, actors)
+        run.all(opened, progress, prune, remote)
         report = run.report
         writer.tidy()
         report.n_rows = writer.table.count_rows()
@@ -218,14 +232,19 @@ class _Run:
         self.since = time.perf_counter()
         self.visited = 0
 
-    def all(self, source: Any, progress: bool | None, prune: bool) -> None:
+    def all(self, source: Any, progress: bool | None, prune: bool, remote: RayBatches | None) -> None:
         from ..data.loader import load_batches
 
         self.name = _source_name(source)
         total = len(source) if hasattr(source, "__len__") else None
         policy = "raise" if self.on_error == "raise" else "report"
-        batches = load_batches(self._todo(source), self.model.preprocess, self.batch_size, self.workers, policy)
-        bar = Progress(batches, total, "embedding", unit=self._units, enabled=progress)
+        batches: Any
+        if remote is not None:
+            batches = iter(remote)
+        else:
+            batches = load_batches(self.todo(source), self.model.preprocess, self.batch_size, self.workers, policy)
+        unit = self._units if remote is None else _size  # there the source is walked far ahead
+        bar = Progress(batches, total, "embedding", unit=unit, enabled=progress)
         try:
             for batch in bar:
                 self._bad(batch.errors)
@@ -239,7 +258,8 @@ class _Run:
             self.flush()
             raise
         finally:
-            self.report.wait_share = bar.wait_share
+            batches.close()
+            self.report.wait_share = bar.wait_share if remote is None else remote.wait_share
         self.flush()
         self._refresh()
         if prune:
@@ -249,7 +269,7 @@ class _Run:
                 self.report.n_removed = len(gone)
         self.report.notes += self.user.notes()
 
-    def _todo(self, source: Any) -> Iterator[Item]:
+    def todo(self, source: Any) -> Iterator[Item]:
         """The items that must be encoded; runs in the loader's thread."""
         seen: set[str] = set()
         for item in source:
@@ -291,14 +311,8 @@ class _Run:
         return values | self.user.fit(item.columns)
 
     def _encode(self, batch: Any) -> None:
-        import torch
-
-        pixels = batch.pixels
-        if len(pixels) < self.batch_size:
-            filler = pixels.new_zeros(self.batch_size - len(pixels), *pixels.shape[1:])
-            pixels = torch.cat([pixels, filler])
-        vectors = self.model.images(pixels, batch_size=self.batch_size, progress=False)[: len(batch)]
-        self.vectors.append(vectors.numpy())
+        far = getattr(batch, "vectors", None)
+        self.vectors.append(vectors_of_batch(self.model, batch, self.batch_size) if far is None else far)
         self.rows += [self._row(item) for item in batch.items]
 
     def flush(self) -> None:
@@ -324,6 +338,33 @@ class _Run:
             rows = self.stale[start : start + 1000]
             self.writer.merge(self.writer.build(rows, self.known.vectors([r["key"] for r in rows])))
         self.report.n_refreshed = len(self.stale)
+
+
+def vectors_of_batch(model: Encoder, batch: Batch, batch_size: int) -> np.ndarray:
+    """Encode the images of a batch, filled up to `batch_size`: float32 (len(batch), dim)."""
+    import torch
+
+    pixels = batch.pixels
+    if not len(batch):
+        return np.empty((0, model.dim), np.float32)
+    if len(pixels) < batch_size:
+        filler = pixels.new_zeros(batch_size - len(pixels), *pixels.shape[1:])
+        pixels = torch.cat([pixels, filler])
+    return model.images(pixels, batch_size=batch_size, progress=False)[: len(batch)].numpy()
+
+
+def _check_engine(engine: str, actors: int | None) -> None:
+    check_choice("engine", engine, ENGINES)
+    if engine == "ray":
+        need("ray.data", "ray")
+    elif actors is not None:
+        raise ClipworksError(f"actors is for engine='ray'. Got actors={actors!r} with engine={engine!r}.")
+    if actors is not None:
+        check_range("actors", actors, 1)
+
+
+def _size(batch: Any) -> int:
+    return len(batch) + len(batch.errors)
 
 
 def _source_name(source: Any) -> str:
