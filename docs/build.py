@@ -1,7 +1,7 @@
 """Rebuild what is generated here: the table of methods, and the output of the examples.
 
-    python docs/build.py           write them
-    python docs/build.py --check   say what is out of date, exit code 1 if anything is
+python docs/build.py           write them
+python docs/build.py --check   say what is out of date, exit code 1 if anything is
 """
 
 from __future__ import annotations
