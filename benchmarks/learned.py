@@ -4,9 +4,10 @@
 
 WORK and PACKAGES are those of few_shot.py. Each run passes through the towers, so there are fewer of them than there: 4
 images of every class (base-to-new: 8), seeds 1, 2, 3, at most `--most` test images, the bundled model. Prompts run with
-their defaults, but GOPro and IP-CLIP for 10 epochs (of 50) and TPT with 8 views (of 64); the towers are tuned for some dozen steps, with the settings in `TUNED`,
-which nothing was chosen by. Sets go round by seed, so that what is there after any time is balanced.
-`benchmarks/results/learned.json` holds every number, with the zero-shot classifier and four heads on the same images.
+their defaults, but GOPro and IP-CLIP for 10 epochs (of 50) and TPT with 8 views (of 64); the towers are tuned for some
+dozen steps, with the settings in `TUNED`, which nothing was chosen by. Sets go round by seed, so that what is there
+after any time is balanced. `benchmarks/results/learned.json` holds every number, with the zero-shot classifier and four
+heads on the same images.
 """
 
 from __future__ import annotations
