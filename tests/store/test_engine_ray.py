@@ -150,7 +150,7 @@ def test_a_killed_caller_keeps_what_was_committed(cluster, plain, tmp_path):
     assert died.returncode == -signal.SIGKILL
     assert verify(tmp_path / "c").ok
     kept = len(Collection.open(tmp_path / "c"))
-    assert 48 <= kept == int(died.stdout) < COUNT
+    assert 48 <= kept == int(died.stdout.split()[-1]) < COUNT
     report = embed(place / "photos", tmp_path / "c", encoder=encoder(), engine="ray", **SIZES)
     assert (report.n_skipped, report.n_added) == (kept, COUNT - kept)
     assert same(Collection.open(tmp_path / "c"), Collection.open(place / "c"))
