@@ -4,6 +4,7 @@ texts."""
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 
 import pytest
@@ -304,6 +305,10 @@ def test_bad_tokenizer_files(tmp_path):
         PretrainedTokenizer(bare)
     with pytest.raises(ClipworksError, match=r"clean must be one of.*Did you mean 'canonicalize'"):
         PretrainedTokenizer(bare, clean="canonicalise")
+    unknown = re.sub(r'("SpecialToken": ?{"id": ?)"\[CLS\]"', r'\1"[NO]"', word_piece(), count=1)
+    assert "[NO]" in unknown
+    with pytest.raises(BadWeights, match="cannot be read"):  # the library panics
+        PretrainedTokenizer(unknown.encode())
     lacking = Tokenizer(models.Unigram([("a", -1.0)])).to_str().encode()
     with pytest.raises(BadWeights, match="no way to write these texts"):
         PretrainedTokenizer(lacking, pad_id=0, eot_id=0).encode(["b"], 8)

@@ -67,7 +67,9 @@ class PretrainedTokenizer:
             self._model.no_padding()
             self._model.no_truncation()
             self.prefix, self.suffix = self._specials()
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception, and panics
+            if not _of_library(error):
+                raise
             raise BadWeights(f"tokenizer.json cannot be read: {error}") from error
         self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
         self.pad_id = _first(
@@ -98,7 +100,9 @@ class PretrainedTokenizer:
         safe = [t.encode("utf-8", errors="replace").decode("utf-8") for t in cleaned]
         try:
             return self._model.encode_batch(safe, add_special_tokens=False)
-        except Exception as error:  # as above; a file may lack what only some texts need
+        except BaseException as error:  # as above; a file may lack what only some texts need
+            if not _of_library(error):
+                raise
             raise BadWeights(f"tokenizer.json has no way to write these texts: {error}") from error
 
     def encode(
@@ -173,6 +177,11 @@ class NoTokenizer:
 
     def chunks(self, texts: Any, context_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         return self.encode(texts)  # type: ignore[return-value]
+
+
+def _of_library(error: BaseException) -> bool:
+    """Whether the library stumbled; a panic of its own derives from BaseException, as Ctrl-C does."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _first(*candidates: int | None, what: str) -> int:
