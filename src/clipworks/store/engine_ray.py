@@ -93,7 +93,7 @@ class RayBatches:
     ):  # fmt: skip
         import torch
 
-        need("ray.data", "ray")
+        need("ray.data", "scale")
         self.items, self.actors = items, actors
         self.waited = self.worked = 0.0
         self.threads = torch.get_num_threads()

@@ -261,8 +261,10 @@ def _digest_of(trial: Trial) -> str:
 
 
 def _source(contestant: Contestant) -> str:
-    """Hash of the method's file: a changed method is run again."""
-    return hashlib.sha256(Path(inspect.getfile(contestant.target)).read_bytes()).hexdigest()
+    """Hash of the method's file and of what its area shares: a changed method is run again."""
+    file = Path(inspect.getfile(contestant.target))
+    parts = [part for part in (file, file.with_name("common.py")) if part.exists()]
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
 
 
 def _key(config: dict[str, Any]) -> str:
