@@ -288,6 +288,8 @@ def test_a_server_that_goes_away_and_comes_back(browser, place):
         try:
             until(page, "document.getElementById('away').hidden")
             until(page, "(document.querySelector('.tile figcaption .quiet') || {}).textContent > ''")
+            assert page.input_value("#words") == "stripes"  # what was asked meanwhile is still there, and answered
+            assert page.locator(".tile").count() > 0
         finally:
             second.stop()
 
@@ -303,6 +305,7 @@ def test_a_token_is_asked_for(browser, place):
             page.press("#token", "Enter")
             ready(page)
             page.locator(".tile img").first.evaluate("e => e.decode()")
+            assert page.locator(".tile img").first.evaluate("e => e.naturalWidth") > 0
     finally:
         server.stop()
 
@@ -318,6 +321,7 @@ def test_an_empty_collection(browser, tmp_path):
             until(page, "document.getElementById('status').textContent.includes('empty')")
             page.goto(server.url + "/#map")
             until(page, "document.getElementById('map-status').textContent.includes('empty')")
+            assert page.locator(".tile").count() == 0
     finally:
         server.stop()
 
