@@ -40,6 +40,16 @@ def test_every_command_has_an_executed_example(build):
     assert shown >= set(discover())
 
 
+SHOWN = [DOCS / "commands.md", *sorted((DOCS / "quickstart").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=lambda p: p.name)
+def test_the_examples_print_what_the_page_says(build, page):
+    if not build.MODEL.exists():
+        pytest.skip("the bundled model is not in this checkout")
+    assert build.alike(page.read_text(encoding="utf-8"), build.page_with_outputs(page)), "run: make docs"
+
+
 def test_an_example_is_compared_without_its_numbers(build):
     assert build.alike("  1  a.jpg  0.134  2.1 s", "  1  a.jpg  0.135  13.0 s")
     assert not build.alike("1  a.jpg", "1  b.jpg")
