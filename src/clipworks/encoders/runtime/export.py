@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -110,8 +110,8 @@ def export(
         hint = "give overwrite=True to replace it" if is_export(out) else "choose another place"
         raise ClipworksError(f"there is something at {str(out)!r} already; {hint}.")
     exact = _exact(model)
-    with _made(exact, runtime, precision, images, texts, bound, batch_size, out.parent) as (folder, report):
-        assert folder is not None  # torch, which needs none, was not among the forms
+    with _made(exact, runtime, precision, images, texts, bound, batch_size, out.parent) as (made, report):
+        folder = cast(Path, made)  # only torch needs none, and it is not among the forms that are written
         if out.exists():
             shutil.rmtree(out)
         mask = os.umask(0)
