@@ -126,7 +126,7 @@ def test_mutants_are_tensors_or_bad_weights(box, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_many_mutants_are_tensors_or_bad_weights(box, name):
-    run(FILES[name], read_bytes(box), 10_000, BadWeights)
+    assert run(FILES[name], read_bytes(box), 10_000, BadWeights)["refused"]
 
 
 # -- encoders ------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_mutants_are_encoders_or_bad_weights(box, name):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_many_mutants_are_encoders_or_bad_weights(box, name):
     strategy, work = ENCODERS[name]
-    run(strategy, lambda drawn: work(box, drawn), 3000, BadWeights)
+    assert run(strategy, lambda drawn: work(box, drawn), 3000, BadWeights)["refused"]
 
 
 def test_the_unchanged_parts_load(box):

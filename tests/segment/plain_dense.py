@@ -80,3 +80,18 @@ def projected(found, tokens, prefix=1):
 def like(x):
     """softmax(x x^T / sqrt(channels))"""
     return softmax(x @ x.swapaxes(-2, -1) / np.sqrt(x.shape[-1]))
+
+
+def photos(count=6, size=(24, 36), seed=0):
+    """Red and green with an edge somewhere."""
+    draw = np.random.default_rng(seed)
+    images, maps = [], []
+    for _ in range(count):
+        edge = int(draw.integers(8, size[1] - 8))
+        labels = np.zeros(size, np.uint8)
+        labels[:, edge:] = 1
+        shown = draw.integers(0, 60, (*size, 3))
+        shown[labels == 0, 0] += 190
+        shown[labels == 1, 1] += 190
+        images.append(shown.astype(np.uint8)), maps.append(labels)
+    return images, maps

@@ -239,26 +239,11 @@ def test_classes_that_were_never_trained():
     assert other < own - 0.1
 
 
-def photos(count=6, size=(24, 36), seed=0):
-    """Red and green with an edge somewhere."""
-    draw = np.random.default_rng(seed)
-    images, maps = [], []
-    for _ in range(count):
-        edge = int(draw.integers(8, size[1] - 8))
-        labels = np.zeros(size, np.uint8)
-        labels[:, edge:] = 1
-        shown = draw.integers(0, 60, (*size, 3))
-        shown[labels == 0, 0] += 190
-        shown[labels == 1, 1] += 190
-        images.append(shown.astype(np.uint8)), maps.append(labels)
-    return images, maps
-
-
 def test_it_learns_and_comes_back_from_its_file(encoder, tmp_path):
     method = ChimeraSeg(encoder, seen=["red", "green"], distillation=0.1, width=16, steps=80, lr=1e-2, batch_size=4)
-    method.fit(*photos(), NAMES, progress=False)
+    method.fit(*plain.photos(), NAMES, progress=False)
     assert method.encoder_ is encoder
-    images, maps = photos(3, seed=1)
+    images, maps = plain.photos(3, seed=1)
     assert np.mean([a == b for a, b in zip(method.predict(images), maps, strict=True)]) > 0.8
     path = method.save(tmp_path / "chimera.safetensors")
     names = ["green", "red", "a third thing"]
@@ -268,8 +253,8 @@ def test_it_learns_and_comes_back_from_its_file(encoder, tmp_path):
 
 def test_messages(encoder):
     with pytest.raises(ClipworksError, match="Did you mean 'green'"):
-        ChimeraSeg(encoder, seen=["gren"], steps=1).fit(*photos(1), NAMES)
+        ChimeraSeg(encoder, seen=["gren"], steps=1).fit(*plain.photos(1), NAMES)
     with pytest.raises(ClipworksError, match="rule must be one of"):
-        ChimeraSeg(encoder, rule="kv", steps=1).fit(*photos(1), NAMES)
+        ChimeraSeg(encoder, rule="kv", steps=1).fit(*plain.photos(1), NAMES)
     with pytest.raises(ClipworksError, match="blocks must lie in"):
-        ChimeraSeg(encoder, blocks=3, steps=1).fit(*photos(1), NAMES)
+        ChimeraSeg(encoder, blocks=3, steps=1).fit(*plain.photos(1), NAMES)

@@ -219,27 +219,12 @@ def test_the_second_models_masks_are_sorted_out(encoder):
     assert found.sum((1, 2)).tolist() == [800, 800]
 
 
-def photos(count=6, size=(24, 36), seed=0):
-    """Red and green with an edge somewhere."""
-    draw = np.random.default_rng(seed)
-    images, maps = [], []
-    for _ in range(count):
-        edge = int(draw.integers(8, size[1] - 8))
-        labels = np.zeros(size, np.uint8)
-        labels[:, edge:] = 1
-        shown = draw.integers(0, 60, (*size, 3))
-        shown[labels == 0, 0] += 190
-        shown[labels == 1, 1] += 190
-        images.append(shown.astype(np.uint8)), maps.append(labels)
-    return images, maps
-
-
 def test_it_learns_and_comes_back_from_its_file(encoder, tmp_path):
     method = FrozenSeg(encoder, seen=0.2, queries=4, width=16, steps=80, lr=1e-2, batch_size=4)
-    method.fit(*photos(), NAMES, progress=False)
+    method.fit(*plain.photos(), NAMES, progress=False)
     assert method.encoder_ is encoder
     assert method.parts_.into_map.attention.out.weight.any()
-    images, maps = photos(3, seed=1)
+    images, maps = plain.photos(3, seed=1)
     assert np.mean([a == b for a, b in zip(method.predict(images), maps, strict=True)]) > 0.8
     path = method.save(tmp_path / "frozenseg.safetensors")
     names = ["green", "red", "a third thing"]
@@ -256,8 +241,8 @@ def test_masks_pooled_at_their_own_size_are_means():
 
 def test_messages(encoder):
     with pytest.raises(ClipworksError, match="unseen must lie in"):
-        FrozenSeg(encoder, unseen=1.5, steps=1).fit(*photos(1), NAMES)
+        FrozenSeg(encoder, unseen=1.5, steps=1).fit(*plain.photos(1), NAMES)
     with pytest.raises(ClipworksError, match="spatial must be 'own'"):
-        FrozenSeg(encoder, spatial=len, steps=1).fit(*photos(1), NAMES)
+        FrozenSeg(encoder, spatial=len, steps=1).fit(*plain.photos(1), NAMES)
     with pytest.raises(ClipworksError, match="affinity must be 'own'"):
-        FrozenSeg(encoder, spatial="sam", steps=1).fit(*photos(1), NAMES)
+        FrozenSeg(encoder, spatial="sam", steps=1).fit(*plain.photos(1), NAMES)

@@ -253,27 +253,12 @@ def test_the_trunks_map_is_the_value_path(encoder):
     assert torch.equal(value_map(hidden).flatten(2).transpose(1, 2), hidden.inputs[-1])
 
 
-def photos(count=6, size=(24, 36), seed=0):
-    """Red and green with an edge somewhere."""
-    draw = np.random.default_rng(seed)
-    images, maps = [], []
-    for _ in range(count):
-        edge = int(draw.integers(8, size[1] - 8))
-        labels = np.zeros(size, np.uint8)
-        labels[:, edge:] = 1
-        shown = draw.integers(0, 60, (*size, 3))
-        shown[labels == 0, 0] += 190
-        shown[labels == 1, 1] += 190
-        images.append(shown.astype(np.uint8)), maps.append(labels)
-    return images, maps
-
-
 @pytest.mark.parametrize("form", ["panoptic", *(pytest.param(f, marks=pytest.mark.slow) for f in ("semantic", "gain"))])
 def test_it_learns_and_comes_back_from_its_file(encoder, tmp_path, form):
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     method = MAFTPlus(encoder, form, queries=4, width=16, steps=80, lr=1e-2, batch_size=4)
-    method.fit(*photos(), NAMES, progress=False)
-    images, maps = photos(3, seed=1)
+    method.fit(*plain.photos(), NAMES, progress=False)
+    images, maps = plain.photos(3, seed=1)
     assert np.mean([a == b for a, b in zip(method.predict(images), maps, strict=True)]) > 0.8
     now = method.encoder_.state_dict()
     changed = {name for name in now if not torch.equal(now[name], before[name])}
@@ -289,4 +274,4 @@ def test_it_learns_and_comes_back_from_its_file(encoder, tmp_path, form):
 
 def test_messages(encoder):
     with pytest.raises(ClipworksError, match="Did you mean 'panoptic'"):
-        MAFTPlus(encoder, "panotic", steps=1).fit(*photos(1), NAMES)
+        MAFTPlus(encoder, "panotic", steps=1).fit(*plain.photos(1), NAMES)

@@ -201,32 +201,17 @@ def test_tokens_learn_on_blanked_images_and_full_ones_stay(encoder):
         assert torch.equal(vectors(images, full), plain_vectors)
 
 
-def photos(count=6, size=(24, 36), seed=0):
-    """Red and green with an edge somewhere."""
-    draw = np.random.default_rng(seed)
-    images, maps = [], []
-    for _ in range(count):
-        edge = int(draw.integers(8, size[1] - 8))
-        labels = np.zeros(size, np.uint8)
-        labels[:, edge:] = 1
-        shown = draw.integers(0, 60, (*size, 3))
-        shown[labels == 0, 0] += 190
-        shown[labels == 1, 1] += 190
-        images.append(shown.astype(np.uint8)), maps.append(labels)
-    return images, maps
-
-
 NAMES = ["red", "green"]
 
 
 @pytest.fixture(scope="module")
 def fitted(encoder):
     method = OVSeg(encoder, 0.3, width=16, queries=4, steps=60, lr=1e-2, batch_size=6, prompt_steps=5)
-    return method.fit(*photos(), NAMES, progress=False)
+    return method.fit(*plain.photos(), NAMES, progress=False)
 
 
 def test_it_segments_and_comes_back_from_its_file(encoder, fitted, tmp_path):
-    images, maps = photos(3, seed=1)
+    images, maps = plain.photos(3, seed=1)
     assert fitted.encoder_ is encoder
     assert set(fitted.losses_) == {"loss", "class", "mask", "dice", "contrast"}
     own = copy.copy(fitted).set_params(balance=0.0)  # the random tower's view of crops is worth nothing
@@ -270,16 +255,16 @@ def test_nouns_of_captions_are_further_pairs(encoder, monkeypatch):
     monkeypatch.setattr(OVSeg, "_contrast", contrast)
     nouns = [["sky", "sun"], [], ["sea"], ["sun"], [], ["sky"]]
     how = dict(width=8, queries=3, steps=2, prompt_steps=4)
-    OVSeg(encoder, batch_size=10, **how).fit(*photos(), NAMES, nouns=nouns)
+    OVSeg(encoder, batch_size=10, **how).fit(*plain.photos(), NAMES, nouns=nouns)
     assert {words for words, _ in seen} == {5}
     assert max(label for _, label in seen) in (2, 3, 4)
     seen.clear()
-    OVSeg(encoder, **how).fit(*photos(), NAMES)
+    OVSeg(encoder, **how).fit(*plain.photos(), NAMES)
     assert set(seen) == {(2, 1)}
 
 
 def test_messages(encoder):
-    images, maps = photos(2)
+    images, maps = plain.photos(2)
     with pytest.raises(ClipworksError, match="nouns must be a list of words for every image"):
         OVSeg(encoder, steps=1, width=8, queries=2).fit(images, maps, NAMES, nouns=[["a"]])
     with pytest.raises(ClipworksError, match="depth must lie in"):

@@ -218,27 +218,12 @@ def test_the_prompt_decides_what_one_query_draws():
     assert recall[0] >= recall[1]
 
 
-def photos(count=6, size=(24, 36), seed=0):
-    """Red and green with an edge somewhere."""
-    draw = np.random.default_rng(seed)
-    images, maps = [], []
-    for _ in range(count):
-        edge = int(draw.integers(8, size[1] - 8))
-        labels = np.zeros(size, np.uint8)
-        labels[:, edge:] = 1
-        shown = draw.integers(0, 60, (*size, 3))
-        shown[labels == 0, 0] += 190
-        shown[labels == 1, 1] += 190
-        images.append(shown.astype(np.uint8)), maps.append(labels)
-    return images, maps
-
-
 def test_it_learns_and_comes_back_from_its_file(encoder, tmp_path):
     method = PMP(encoder, balance=0.2, queries=4, width=16, steps=80, lr=1e-2, batch_size=4)
-    method.fit(*photos(), NAMES, progress=False)
+    method.fit(*plain.photos(), NAMES, progress=False)
     assert method.encoder_ is encoder
     assert any(reader.gate != 0 for reader in method.parts_.readers)
-    images, maps = photos(3, seed=1)
+    images, maps = plain.photos(3, seed=1)
     assert np.mean([a == b for a, b in zip(method.predict(images), maps, strict=True)]) > 0.8
     path = method.save(tmp_path / "pmp.safetensors")
     names = ["green", "red", "a third thing"]
@@ -249,4 +234,4 @@ def test_it_learns_and_comes_back_from_its_file(encoder, tmp_path):
 def test_messages(encoder):
     for options, message in (({"balance": 2.0}, "balance"), ({"chunk": 0}, "chunk"), ({"shown": -1}, "shown")):
         with pytest.raises(ClipworksError, match=f"{message} must lie in"):
-            PMP(encoder, steps=1, **options).fit(*photos(1), NAMES)
+            PMP(encoder, steps=1, **options).fit(*plain.photos(1), NAMES)
