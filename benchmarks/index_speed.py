@@ -1,12 +1,16 @@
 """Approximate indexes of a large collection: memory and time to build, recall, time per query; and a cold text search.
 
-    python benchmarks/index_speed.py [--rows 1000000] [--dim 512] [--kinds ivf,pq,lance,hnsw] [--threads 2]
+    python benchmarks/index_speed.py --folder FOLDER [--rows 1000000] [--dim 512] [--threads 2]
+    python benchmarks/index_speed.py --folder FOLDER --steps hnsw.build,hnsw.ask
 
-A collection of float16 vectors (clustered, unit length) is made in a temporary folder. Every index is built, and then
-searched, in a process of its own, whose peak of resident memory is reported: pages of the mapped collection count in
-it, although the system may take them back at any time. Queries are rows with noise, that are in no index, one at a
-time; recall is against the exact answer. The cold search is `clipworks search COLLECTION WORDS` from the start of the
-process to its end, on 100,000 vectors, with the model inside the package.
+A collection of float16 vectors (clustered, unit length) is made in the folder. Every index is built, and then searched,
+in a process of its own, whose peak of resident memory is reported: pages of the mapped collection count in it, although
+the system may take them back at any time. Queries are rows with noise, that are in no index, one at a time; recall is
+against the exact answer. The cold search is `clipworks search COLLECTION WORDS` from the start of the process to its
+end, on 100,000 vectors, with the model inside the package; what it reads is in the page cache.
+
+A step is recorded as soon as it is done, with its commit, load and time; the others in the result file stay, as long as
+they are of the same vectors. So the whole can be done in pieces, in one folder.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +29,8 @@ import numpy as np
 
 SEED, K, QUERIES = 0, 10, 200
 BLOCK = 50_000
+KINDS = ("ivf", "pq", "lance", "hnsw")
+STEPS = ("cold", "exact.ask", *(f"{kind}.{what}" for kind in KINDS for what in ("build", "ask")))
 
 
 def clustered(rows: int, dim: int, block: int, centres: int = 2000, spread: float = 0.8) -> np.ndarray:
@@ -61,9 +66,11 @@ def build(path: Path, kind: str) -> dict:
     """Build an index in this process."""
     from clipworks.store.index import build_index
 
-    report = build_index(path, kind=kind)
-    return {"seconds": round(report.seconds, 1), "bytes_on_disk": report.size, "recall_at_build": report.recall,
-            "breadth": report.breadth, "candidates": report.candidates, "peak_rss_mib": peak()}  # fmt: skip
+    before = time.process_time()
+    report = build_index(path, kind=kind, rebuild=True)
+    return {"seconds": round(report.seconds, 1), "processor_seconds": round(time.process_time() - before, 1),
+            "bytes_on_disk": report.size, "recall_at_build": report.recall, "breadth": report.breadth,
+            "candidates": report.candidates, "peak_rss_mib": peak()}  # fmt: skip
 
 
 def ask(path: Path, kind: str) -> dict:
@@ -115,52 +122,68 @@ def child(threads: int, *words: str) -> dict:
 
 
 def cold(path: Path, repeats: int) -> dict:
-    """Seconds of `clipworks search` in a process of its own, by the clock and of the processor."""
+    """Seconds of `clipworks search` in a process of its own, by the clock and of the processor.
+
+    Compiled modules are kept, as an installation keeps them; the first start, which makes them, does not count.
+    """
     seconds, processor = [], []
     command = [sys.executable, "-m", "clipworks", "search", str(path), "a red bicycle", "--k", "10"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(path.parent / "compiled")}
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment)
     for _ in range(repeats):
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment)
         seconds.append(time.perf_counter() - started)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         processor.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return {"seconds": [round(s, 3) for s in sorted(seconds)], "processor": [round(s, 3) for s in sorted(processor)]}
 
 
+def former(path: Path, settings: dict, digest: str) -> dict:
+    """Results of an earlier call on the same vectors."""
+    entry = json.loads(path.read_text()) if path.exists() else {}
+    same = entry.get("data_digest") == digest and entry["results"].get("settings") == settings
+    return entry["results"] if same else {"settings": settings}
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rows", type=int, default=1_000_000)
     options.add_argument("--dim", type=int, default=512)
-    options.add_argument("--kinds", default="ivf,pq,lance,hnsw")
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--repeats", type=int, default=9, help="of the cold search")
-    options.add_argument("--folder", help="for the collections (default: a temporary one)")
+    options.add_argument("--repeats", type=int, default=20, help="of the cold search")
+    options.add_argument("--folder", required=True, help="for the collections; what is there already is used")
+    options.add_argument("--steps", default=",".join(STEPS), help="default: all of them, %(default)s")
     options.add_argument("--name", default="index_speed", help="of the result file")
     options.add_argument("--part", nargs=3, metavar=("WHAT", "COLLECTION", "KIND"), help="used by the script itself")
     given = options.parse_args()
     if given.part:
         print(json.dumps({"build": build, "ask": ask}[given.part[0]](Path(given.part[1]), given.part[2])))
         return
-    from common import record
+    from common import RESULTS, _git, record
 
-    settings = {name: getattr(given, name) for name in ("rows", "dim", "kinds", "threads")}
-    results: dict = {"settings": {**settings, "k": K, "stored": "float16"}}
-    with tempfile.TemporaryDirectory() as temporary:
-        place = Path(given.folder or temporary)
-        digest = make(place / "large", given.rows, given.dim)
-        # recorded after every step: the whole takes long, and what is there may be looked at
-        results["exact"] = child(given.threads, "--part", "ask", str(place / "large"), "exact")
-        print("exact", results["exact"], flush=True)
-        for kind in given.kinds.split(","):
-            results[kind] = {what: child(given.threads, "--part", what, str(place / "large"), kind)
-                             for what in ("build", "ask")}  # fmt: skip
-            print(kind, results[kind], flush=True)
-            record(given.name, results, SEED, digest)
-        if given.repeats:
-            make(place / "small", 100_000, 512, encoder=True)
-            results["cold search, 100,000 images"] = cold(place / "small", given.repeats)
-            print(results["cold search, 100,000 images"])
-    print(record(given.name, results, SEED, digest))
+    large, small = Path(given.folder) / "large", Path(given.folder) / "small"
+    noted = Path(given.folder) / "digest.txt"
+    if not noted.exists():
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        noted.write_text(make(large, given.rows, given.dim))
+    digest = noted.read_text()
+    settings = {"rows": given.rows, "dim": given.dim, "threads": given.threads, "k": K, "stored": "float16"}
+    results = former(RESULTS / f"{given.name}.json", settings, digest)
+    for step in given.steps.split(","):
+        load = round(os.getloadavg()[0], 1)
+        kind, _, what = step.partition(".")
+        if kind == "cold":
+            if not small.exists():
+                make(small, 100_000, 512, encoder=True)
+            found = cold(small, given.repeats)
+        else:
+            found = child(given.threads, "--folder", given.folder, "--part", what, str(large), kind)
+        made = {"commit": _git("rev-parse", "--short", "HEAD"), "load_before": load}
+        at = time.strftime("%FT%TZ", time.gmtime())
+        results.setdefault(kind, {})[what or "search"] = {**found, **made, "at": at}
+        print(step, found, flush=True)
+        record(given.name, results, SEED, digest)
 
 
 if __name__ == "__main__":
