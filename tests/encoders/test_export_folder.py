@@ -188,10 +188,38 @@ def test_tensors_may_lie_beside_the_graph_and_nowhere_else(tmp_path, nested):
     for place in ("../secret", absolute, "link", "sub/data", "sub", ".", "..", "", "absent", "..\\secret"):
         with pytest.raises(BadWeights, match="no plain file beside it"):
             onnxruntime.check(written(box, tensor=outside(location=place), nested=nested))
-    for offset, length in (("8", "16"), ("0", "17"), ("-4", "8"), ("0", "-1"), ("x", "1")):
+    os.link(tmp_path / "secret", box / "hard")
+    with pytest.raises(BadWeights, match="hard link"):
+        onnxruntime.check(written(box, tensor=outside(location="hard"), nested=nested))
+    for offset, length in (("8", "16"), ("0", "17"), ("-4", "8"), ("0", "-1"), ("x", "1"), (" 0", "1_6"),
+                           ("9" * 30, "1")):  # fmt: skip
         bad = outside(location="image.onnx.data", offset=offset, length=length)
         with pytest.raises(BadWeights, match="beyond the 16 bytes"):
             onnxruntime.check(written(box, tensor=bad, nested=nested))
+
+
+@needs_onnx
+@pytest.mark.parametrize("places", [("image.onnx.data", "../secret"), ("../secret", "image.onnx.data")])
+def test_a_tensor_that_says_twice_where_it_lies(tmp_path, places):
+    (tmp_path / "image.onnx.data").write_bytes(bytes(16))
+    tensor = outside(location=places[0])
+    tensor.external_data.add(key="location", value=places[1])
+    with pytest.raises(BadWeights, match="twice"):
+        onnxruntime.check(written(tmp_path, tensor=tensor))
+
+
+@needs_onnx
+@pytest.mark.parametrize("way", ["symlink", "link"])
+def test_a_session_reads_nothing_from_elsewhere(tmp_path, way):
+    """The file at the end of a link has just the right size, and still no number of it comes out."""
+    pytest.importorskip("onnxruntime")
+    box = tmp_path / "box"
+    box.mkdir()
+    (tmp_path / "secret").write_bytes(np.full(4, 7, np.float32).tobytes())
+    getattr(os, way)(tmp_path / "secret", box / "image.onnx.data")
+    written(box, tensor=outside(location="image.onnx.data", offset="0", length="16"))
+    with pytest.raises(BadWeights):
+        onnxruntime.Session(box / "image", "fp32")
 
 
 @needs_onnx

@@ -1,7 +1,7 @@
 """ONNX Runtime: fp32, and int8 by dynamic quantisation of the matrix products. Files are checked before they are used.
 
 An ONNX file may name other files that hold its tensors. Here such a file must lie beside it under a plain name, and
-every range must lie inside it: no path leads out of the folder.
+every range must lie inside it: no path leads out of the folder, and neither does a link of either kind.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ SUFFIXES = (".onnx", ".onnx.data")
 MOST_INSIDE = 1_900_000_000  # bytes of weights; a file of this format cannot be larger than 2 GiB
 MOST_GRAPH = 1 << 31
 DOMAINS = ("", "ai.onnx", "com.microsoft")
+NUMBER = re.compile("[0-9]{1,18}")
 
 
 def write(program: torch.export.ExportedProgram, name: str, path: Path) -> None:
@@ -88,6 +90,8 @@ def check(path: Path) -> list[str]:
         if tensor.data_location != onnx.TensorProto.EXTERNAL and not tensor.external_data:
             continue
         told = {entry.key: entry.value for entry in tensor.external_data}
+        if len(told) < len(tensor.external_data):  # which of the two would be followed?
+            raise BadWeights(f"{path}: tensor {tensor.name!r:.60} says twice where it lies.")
         names.add(_check_place(path, tensor.name, told))
     return sorted(names)
 
@@ -97,12 +101,13 @@ def _check_place(path: Path, tensor: str, told: dict[str, str]) -> str:
     file = path.parent / place
     if not place or Path(place).name != place or "\\" in place or file.is_symlink() or not file.is_file():
         raise BadWeights(f"{path}: tensor {tensor!r:.60} lies in {place!r:.80}, which is no plain file beside it.")
-    try:
-        begin, length = (int(told.get(key, "0")) for key in ("offset", "length"))
-    except ValueError:
-        begin = length = -1
-    if begin < 0 or length < 0 or begin + length > file.stat().st_size:
-        raise BadWeights(f"{path}: tensor {tensor!r:.60} lies beyond the {file.stat().st_size} bytes of {place}.")
+    facts = file.stat()
+    if facts.st_nlink > 1:  # the same file has a name elsewhere, where it may be anything
+        raise BadWeights(f"{path}: {place!r:.80} is a hard link, which may lead out of the folder; copy the file.")
+    given = [told.get(key, "0") for key in ("offset", "length")]
+    begin, length = (int(text) if NUMBER.fullmatch(text) else -1 for text in given)
+    if begin < 0 or length < 0 or begin + length > facts.st_size:
+        raise BadWeights(f"{path}: tensor {tensor!r:.60} lies beyond the {facts.st_size} bytes of {place}.")
     return place
 
 
