@@ -129,6 +129,7 @@ from small_store import encoder
 from clipworks.store.embed import embed
 from clipworks.store.writer import Writer
 torch.set_num_threads(1)
+sys.modules["clipworks.store.embed"].PATIENCE = 1e9  # a busy machine would commit fewer rows at a time
 append, calls = Writer.append, []
 def hook(writer, table):
     append(writer, table)
