@@ -44,7 +44,7 @@ TEMPLATES = ("a photo of a {}.", "a close-up photo of a {}.", "a picture of the 
 T = TypeVar("T", bound="RetrievalFinetuning")
 
 
-@method(card="retrieval-finetuning", level="M")
+@method(card="retrieval-finetuning", level="MR")
 class RetrievalFinetuning(Tuner):
     """Fine-tune the image tower on classes or objects for image-to-image search, and keep the texts aligned.
 
