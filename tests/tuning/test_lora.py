@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import clipworks
 from clipworks.errors import ClipworksError, MissingExtra
 from clipworks.tuning.common import learning, linears
 
@@ -30,6 +31,26 @@ def test_it_reaches_every_linear_map_of_the_blocks():
     reached = {n for n, m in encoder.named_modules() if hasattr(m, "lora_A") and hasattr(m, "get_delta_weight")}
     assert reached == set(linears(clip_shaped()))
     assert not {n for n in learning(encoder, LoRA.frozen) if "lora_" not in n}
+
+
+@pytest.mark.slow
+def test_the_bundled_model_is_reached_everywhere_and_merged():
+    encoder, parts = clipworks.load(), ["q", "k", "v", "o", "up", "down"]
+    linear = {n for n, m in encoder.named_modules() if isinstance(m, torch.nn.Linear) and ".blocks." in n}
+    assert len(linear) == 6 * (3 + 6)  # q, k, v, o and the two of the feed-forward part, in 3 and 6 blocks
+    method = LoRA(["cat", "dog"], encoder=encoder, parts=parts, dropout=0.0)
+    method.encoder_ = method._shaped(encoder)
+    reached = {n for n, m in method.encoder_.named_modules() if hasattr(m, "lora_A") and hasattr(m, "get_delta_weight")}
+    assert reached == linear
+    draw = torch.Generator().manual_seed(0)
+    for name, value in method.encoder_.named_parameters():
+        if "lora_" in name:
+            value.data = 0.05 * torch.randn(value.shape, generator=draw)
+    merged, x, texts = method.merge(), torch.randn(2, 3, 224, 224, generator=draw), ["a photo of a cat.", "an oak"]
+    for one, other, plain in ((merged.images(x), method.encoder_.images(x), encoder.images(x)),
+                              (merged.texts(texts), method.encoder_.texts(texts), encoder.texts(texts))):  # fmt: skip
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+        assert (one - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("stabilised", "factor"), [(True, 3 / 4**0.5), (False, 3 / 4)])
