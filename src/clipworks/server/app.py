@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from ..errors import BadImage, ClipworksError, CollectionError
 from . import schemas as s
+from .docs import complete, failing
 from .docs import page as docs_page
 from .engine import Ask, unit
 from .guard import COOKIE, Guard, Refused, log
@@ -26,12 +27,6 @@ from .service import Service, Settings
 from .tasks import classified, compared, inspected, segmented
 
 WEB = Path(__file__).with_name("web")
-FAILURES: dict[int | str, dict[str, Any]] = {
-    code: {"model": s.Failure, "description": text}
-    for code, text in ((400, "The request cannot be used"), (401, "The token is missing"), (404, "No such image"),
-                       (413, "The body is too long"), (422, "A field is wrong"), (429, "Too many requests wait"),
-                       (503, "Not now: no memory, no time, or the server is stopping"))
-}  # fmt: skip
 
 
 def create_app(
@@ -77,11 +72,12 @@ def create_app(
     _errors(app)
     _pages(app, guard, service)
     _routes(app, service)
+    complete(app, token is not None)
     return guard
 
 
 def _routes(app: FastAPI, service: Service) -> None:
-    @app.post("/search", responses=FAILURES)
+    @app.post("/search", responses=failing(404, 503))
     async def search(request: s.Search) -> s.Ranked:
         """Rank images by words, by an image, by words minus words; without any, list them."""
         view = service.shelf.view()
@@ -111,7 +107,7 @@ def _routes(app: FastAPI, service: Service) -> None:
         part = slice(request.offset, end)
         return _ranked(view, found.rows[keep][part], found.scores[keep][part], request.columns, total, end < rest)
 
-    @app.post("/embed", responses=FAILURES)
+    @app.post("/embed", responses=failing(503))
     async def embed(request: s.Embed) -> s.Vectors:
         """Turn texts and images into unit vectors of the collection's space."""
         if not request.texts and not request.images:
@@ -122,39 +118,39 @@ def _routes(app: FastAPI, service: Service) -> None:
         kept = service.shelf.view().collection
         return s.Vectors(dim=kept.dim, fingerprint=kept.fingerprint, vectors=vectors)
 
-    @app.post("/classify", responses=FAILURES)
+    @app.post("/classify", responses=failing(404, 503))
     async def classify(request: s.Classify) -> s.Answers:
         """Say which of the names images show, or that it is none of these."""
         async with service.admitted():
             return await classified(service, request)
 
-    @app.post("/segment", responses=FAILURES)
+    @app.post("/segment", responses=failing(404, 503))
     async def segment(request: s.Segment) -> s.Segmented:
         """Give every pixel of an image one of the names."""
         async with service.admitted():
             return await segmented(service, request)
 
-    @app.post("/inspect", responses=FAILURES)
+    @app.post("/inspect", responses=failing(404, 503))
     async def inspect(request: s.Inspect) -> s.Inspected:
         """Find what in an image is unlike images of good parts, or damaged by its look."""
         async with service.admitted():
             return await inspected(service, request)
 
-    @app.post("/compare", responses=FAILURES)
+    @app.post("/compare", responses=failing(404, 503))
     async def compare(request: s.Compare) -> s.Differences:
         """Find words that tell one selection of images from another."""
         async with service.admitted():
             return await compared(service, request)
 
-    @app.get("/map", responses=FAILURES)
-    async def map() -> dict[str, Any]:
+    @app.get("/map", responses=failing(429, 503))
+    async def map() -> s.Map:
         """Place the images in two dimensions, along the principal components of their vectors."""
         view = service.shelf.view()
         async with service.admitted():
-            return await service.read(lambda: view.map)
+            return s.Map(**await service.read(lambda: view.map))
 
-    @app.get("/collection", responses=FAILURES)
-    async def collection() -> dict[str, Any]:
+    @app.get("/collection", responses=failing(429, 503))
+    async def collection() -> s.Served:
         """Tell what is served: size, columns, encoder, limits."""
         view = service.shelf.view()
         async with service.admitted():
@@ -162,12 +158,13 @@ def _routes(app: FastAPI, service: Service) -> None:
         kept = view.collection
         limits = {"k": s.K, "deepest": s.DEEPEST, "text": s.TEXT, "body": 10 * 2**20,
                   "pixels": service.settings.max_pixels, "names": s.NAMES}  # fmt: skip
-        return {"rows": len(view), "dim": kept.dim, "encoder": kept.meta["encoder"].get("name"),
-                "fingerprint": kept.fingerprint, "version": kept.version, "columns": columns, "limits": limits,
-                "clipworks": __version__}  # fmt: skip
+        return s.Served(rows=len(view), dim=kept.dim, encoder=kept.meta["encoder"].get("name"),
+                        fingerprint=kept.fingerprint, version=kept.version, limits=limits,
+                        columns=[s.Column(**c) for c in columns], clipworks=__version__)  # fmt: skip
 
     @app.get("/images/{item}", response_class=Response,
-             responses={**FAILURES, 200: {"content": {"image/jpeg": {}}, "description": "A JPEG"}})  # fmt: skip
+             responses={**failing(400, 404, 422, 429, 503),
+                        200: {"content": {"image/jpeg": {}}, "description": "A JPEG"}})  # fmt: skip
     async def image(item: str, side: int = 320) -> Response:
         """Return a picture by its id, re-encoded, at most `side` pixels a side."""
         view = service.shelf.view()
@@ -186,7 +183,7 @@ def _pages(app: FastAPI, guard: Guard, service: Service) -> None:
         """Say that the process lives."""
         return {"status": "ok"}
 
-    @app.get("/readyz", responses={503: {"model": s.Failure, "description": "Not yet"}})
+    @app.get("/readyz", responses=failing(503))
     async def readyz() -> dict[str, str]:
         """Say whether requests can be answered."""
         ready, state = service.ready()
@@ -199,7 +196,7 @@ def _pages(app: FastAPI, guard: Guard, service: Service) -> None:
         """Return counters in Prometheus' text form."""
         return Response(service.metrics.text(), media_type=TYPE)
 
-    @app.post("/login", status_code=204, responses={401: {"model": s.Failure, "description": "Not the token"}})
+    @app.post("/login", status_code=204, responses=failing(401))
     async def login(request: s.Login, http: Request) -> Response:
         """Give the page a cookie for the token, so that it can show pictures."""
         if guard.token is None or not hmac.compare_digest(request.token.encode(), guard.token):

@@ -1,9 +1,62 @@
-"""The page of the interface's documentation, made from its OpenAPI description: plain HTML, no script, no outside."""
+"""What the interface says of itself: every answer it may give, and its page, plain HTML without a script."""
 
 from __future__ import annotations
 
 from html import escape
 from typing import Any
+
+from .guard import COOKIE, OPEN
+from .schemas import Failure
+
+CODES = {
+    400: "The request cannot be used",
+    401: "The token is missing or another one",
+    403: "A page of another site asks",
+    404: "No such image",
+    408: "The body took too long to arrive",
+    413: "The body is too long",
+    415: "The body is not JSON",
+    421: "Host is not a name of this server",
+    422: "A field is wrong",
+    429: "Too many requests wait",
+    503: "Not now: no memory, no time, no encoder, or the server is starting or stopping",
+}
+POSTED = (400, 408, 413, 415, 422, 429)  # may be said to whoever sends a body
+SCHEMES = {"token": {"type": "http", "scheme": "bearer"}, "cookie": {"type": "apiKey", "in": "cookie", "name": COOKIE}}
+
+
+def failing(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a route, as FastAPI takes them."""
+    return {code: {"model": Failure, "description": CODES[code]} for code in codes}
+
+
+def complete(app: Any, token: bool) -> None:
+    """Add to the OpenAPI description of an application what the guard may answer before a route is reached."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            api = plain()
+            for path, methods in api["paths"].items():
+                for method, entry in methods.items():
+                    closed = token and path not in OPEN
+                    codes = {403, 421, *(POSTED if method == "post" else ()), *((401,) if closed else ())}
+                    given = entry["responses"] | {str(code): _answer(code) for code in codes}
+                    entry["responses"] = dict(sorted(given.items()))
+                    if closed:
+                        entry["security"] = [{name: []} for name in SCHEMES]
+            if token:
+                api["components"]["securitySchemes"] = SCHEMES
+            for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's form, which is never sent
+                api["components"]["schemas"].pop(name, None)
+        return app.openapi_schema
+
+    app.openapi = openapi
+
+
+def _answer(code: int) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/Failure"}
+    return {"description": CODES[code], "content": {"application/json": {"schema": schema}}}
 
 
 def page(api: dict[str, Any]) -> str:

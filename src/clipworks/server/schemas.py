@@ -6,7 +6,7 @@ import base64
 import binascii
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..errors import ClipworksError
 
@@ -48,19 +48,21 @@ def image_bytes(value: str) -> bytes:
         raise ClipworksError("an image must be given in base64.") from None
 
 
-Text = Annotated[str, Field(max_length=TEXT), AfterValidator(_text)]
-Name = Annotated[str, Field(max_length=200), AfterValidator(_text)]
+FILLED: dict[str, Any] = {"pattern": r"^[^\x00]*[^\s\x00][^\x00]*$"}  # most of what `_text` asks for
+Text = Annotated[str, Field(max_length=TEXT, json_schema_extra=FILLED), AfterValidator(_text)]
+Name = Annotated[str, Field(max_length=200, json_schema_extra=FILLED), AfterValidator(_text)]
 Image = Annotated[str, Field(description="An image file in base64; nothing is fetched."), AfterValidator(_image)]
 Id = Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="Id of an image of the collection.")]
+WHOLE = BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)  # 5.0 is 5 in JSON
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 Vector = Annotated[list[Number], Field(max_length=8192)]
 Word = Annotated[str, Field(max_length=500)]
 
 
 class Strict(BaseModel):
-    """Fields that are not named are refused."""
+    """Fields that are not named are refused, and so are values of another type: "5" is not a number."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Condition(Strict):
@@ -82,8 +84,8 @@ class Search(Strict):
     vector: Vector | None = None
     where: Annotated[list[Condition], Field(max_length=16)] = []
     columns: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=32)] = ["label", "caption"]
-    k: Annotated[int, Field(ge=1, le=K)] = 20
-    offset: Annotated[int, Field(ge=0, le=DEEPEST)] = 0
+    k: Annotated[int, Field(ge=1, le=K), WHOLE] = 20
+    offset: Annotated[int, Field(ge=0, le=DEEPEST), WHOLE] = 0
 
 
 class Item(BaseModel):
@@ -219,6 +221,46 @@ class Differences(BaseModel):
     a: list[Telling]
     b: list[Telling]
     counts: list[int]
+
+
+class Map(BaseModel):
+    """Images at their places in two dimensions, one entry per image in every list."""
+
+    total: Annotated[int, Field(description="Images of the collection; a large one is thinned out.")]
+    ids: list[str]
+    names: list[str]
+    labels: list[str | None]
+    x: list[float]
+    y: list[float]
+    explained: Annotated[list[float], Field(description="Share of the variance along either axis.")]
+
+
+class Value(BaseModel):
+    """A value of a column, and how many images have it."""
+
+    value: str | bool
+    count: int
+
+
+class Column(BaseModel):
+    """A column of the collection, with its values where they are few."""
+
+    name: str
+    type: str
+    values: list[Value] | None
+
+
+class Served(BaseModel):
+    """What is served."""
+
+    rows: int
+    dim: int
+    encoder: str | None
+    fingerprint: str
+    version: str
+    columns: list[Column]
+    limits: dict[str, int]
+    clipworks: str
 
 
 class Login(Strict):
