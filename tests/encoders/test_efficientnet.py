@@ -179,3 +179,25 @@ def test_a_hybrid_tower_returns_its_earlier_maps():
         encoder.visual.run(x, output_stem=(3,))
     with pytest.raises(ClipworksError, match="needs a convolutional stem; 'patch' has no earlier maps"):
         tiny.encoder().visual.run(tiny.pixels(), output_stem=(8,))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "groups", "side"), [(1, 1, 1, 7), (3, 2, 1, 8), (5, 2, 8, 9), (5, 1, 8, 6)])
+@pytest.mark.parametrize("activate", [True, False])
+def test_one_step_without_gradients(kernel, stride, groups, side, activate):
+    """Where nothing is learned oneDNN computes convolution and ReLU6 in one step: the same numbers."""
+    torch.manual_seed(0)
+    layer = efficientnet.SameConv(8, 16, kernel, stride, groups, activate)
+    layer.conv.weight.data *= 20  # some values above 6
+    for rows in (0, 1, 3):
+        x = torch.randn(rows, 8, side, side).contiguous(memory_format=torch.channels_last)
+        learned = layer(x)
+        assert learned.requires_grad
+        with torch.inference_mode():
+            found = layer(x)
+            halves = layer.to(torch.bfloat16)(x.bfloat16())
+        layer.float()
+        torch.testing.assert_close(found, learned.detach(), rtol=1e-5, atol=1e-5)
+        assert halves.dtype == torch.bfloat16
+        assert halves.shape == found.shape
+        if activate and rows:
+            assert found.max() == 6

@@ -60,11 +60,29 @@ class SameConv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
         tall, wide = (max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:])
-        if tall == wide and tall % 2 == 0:  # the same on all sides: no copy is needed
-            x = F.conv2d(x, self.conv.weight, self.conv.bias, stride, tall // 2, 1, self.conv.groups)
-        else:
-            x = self.conv(F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2)))
+        edge = tall // 2 if tall == wide and tall % 2 == 0 else 0
+        if not edge and (tall or wide):  # not the same on all sides
+            x = F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2))
+        if _fusible(x, self.conv.weight):
+            clip = ("hardtanh", [0.0, 6.0]) if self.activate else ("none", [])
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.conv.weight, self.conv.bias, [edge] * 2, [stride] * 2, [1, 1], self.conv.groups, *clip, ""
+            )
+        x = F.conv2d(x, self.conv.weight, self.conv.bias, stride, edge, 1, self.conv.groups)
         return F.relu6(x) if self.activate else x
+
+
+def _fusible(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN may compute convolution and ReLU6 in one step: on a CPU in float32, where nothing is learned,
+    traced or cast. torch itself would do without oneDNN for few images on one thread, and write each map twice."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and len(x) > 0
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
 
 
 class InvertedResidual(nn.Module):
