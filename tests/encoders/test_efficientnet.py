@@ -181,7 +181,10 @@ def test_a_hybrid_tower_returns_its_earlier_maps():
         tiny.encoder().visual.run(tiny.pixels(), output_stem=(8,))
 
 
-@pytest.mark.parametrize(("kernel", "stride", "groups", "side"), [(1, 1, 1, 7), (3, 2, 1, 8), (5, 2, 8, 9), (5, 1, 8, 6)])
+SHAPES = [(1, 1, 1, 7), (3, 2, 1, 8), (5, 2, 8, 9), (5, 1, 8, 6)]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "groups", "side"), SHAPES)
 @pytest.mark.parametrize("activate", [True, False])
 def test_one_step_without_gradients(kernel, stride, groups, side, activate):
     """Where nothing is learned oneDNN computes convolution and ReLU6 in one step: the same numbers."""
