@@ -165,3 +165,19 @@ def test_tasks_are_learned_one_after_the_other():
     assert changed(kept.encoder, report.encoder)
     with pytest.raises(ClipworksError, match="at least one task"):
         continual(method, [])
+
+
+def test_rehearsal_learns_the_first_images_of_earlier_classes_again():
+    x, y = coloured()
+    first = Task("one", NAMES, x, y, x, y)
+    other = Task("two", ["sea", "sky"], x[:6], [0, 1] * 3, x[:6], [0, 1] * 3)
+    common = {"lr": 5e-3, "steps": 10, "batch_size": 12, "sentences": 8}
+    report = continual(quick(VRLwF, encoder=clip_shaped(), **common), [first, other], rehearsal=2)
+    alone = quick(VRLwF, encoder=clip_shaped(), **common).fit(x, y).merge()
+    rows = sorted(i for name in set(y) for i in [j for j, own in enumerate(y) if own == name][:2])
+    images, told = torch.cat([x[rows], x[:6]]), [NAMES[y[i]] for i in rows] + ["sea", "sky"] * 3
+    names = [*NAMES, "sea", "sky"]
+    assert not changed(quick(VRLwF, encoder=alone, **{**common, "names": names}).fit(images, told).encoder_,
+                       report.encoder)  # fmt: skip
+    with pytest.raises(ClipworksError, match="rehearsal must"):
+        continual(quick(VRLwF, encoder=clip_shaped()), [first], rehearsal=-1)

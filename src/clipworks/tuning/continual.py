@@ -6,15 +6,16 @@ After every task all tasks are measured by their class words, so that tasks not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.base import clone
 
 from ..encoders.encoder import Encoder
 from ..encoders.loading import resolve
-from ..errors import ClipworksError
+from ..errors import ClipworksError, check_range
 from ..zeroshot.classifier import class_vectors
 from .common import Tuner
 from .shots import as_given, class_numbers
@@ -85,7 +86,9 @@ class ContinualReport:
         return {"tasks": self.titles, "start": self.start.tolist(), "accuracy": self.accuracy.tolist(), **measures}
 
 
-def continual(method: Tuner, tasks: Sequence[Task], *, original_teacher: bool = False) -> ContinualReport:
+def continual(
+    method: Tuner, tasks: Sequence[Task], *, original_teacher: bool = False, rehearsal: int = 0
+) -> ContinualReport:
     """Learn tasks one after the other, each from the encoder that the one before gave.
 
     Parameters
@@ -93,6 +96,8 @@ def continual(method: Tuner, tasks: Sequence[Task], *, original_teacher: bool = 
     method : settings of the method; `names` and `encoder` are set for every task, the first encoder is its own
     tasks : in the order of learning
     original_teacher : give a method with `teacher` the encoder before all tasks, not that of the task before
+    rehearsal : images of every class of earlier tasks, the first of each, that are learned again with every later one;
+        the classes are then those of all tasks so far. 0: nothing is stored
 
     Returns
     -------
@@ -103,14 +108,43 @@ def continual(method: Tuner, tasks: Sequence[Task], *, original_teacher: bool = 
     if original_teacher and "teacher" not in method.get_params(deep=False):
         raise ClipworksError(f"original_teacher needs a method with teacher. {type(method).__name__} has none.")
     first = encoder = resolve(method.encoder)
-    rows = []
+    check_range("rehearsal", rehearsal, 0)
+    rows, stored = [], []
     start = np.array([_accuracy(first, task, method.templates) for task in tasks])
     for task in tasks:
         changes = {"teacher": first} if original_teacher else {}
-        made = clone(method).set_params(names=list(task.names), encoder=encoder, **changes)
-        encoder = made.fit(task.images, task.y).merge()
+        parts = [*stored, task]
+        names = list(dict.fromkeys(str(name) for part in parts for name in part.names))
+        made = clone(method).set_params(names=names, encoder=encoder, **changes)
+        encoder = made.fit(*_together(parts)).merge()
+        if rehearsal:
+            stored.append(_first(task, rehearsal))
         rows.append([_accuracy(encoder, other, method.templates) for other in tasks])
     return ContinualReport([task.title for task in tasks], start, np.array(rows), encoder)
+
+
+def _called(task: Task, labels: Any) -> np.ndarray:
+    """Labels of a task as names."""
+    names, labels = np.asarray([str(name) for name in task.names]), np.asarray(labels)
+    return names[class_numbers("y", labels, names if labels.dtype.kind == "U" else np.arange(len(names)))]
+
+
+def _first(task: Task, count: int) -> Task:
+    """The task with the first images of every class alone."""
+    names, images = _called(task, task.y), as_given(task.images)
+    rows = np.sort(np.concatenate([np.flatnonzero(names == name)[:count] for name in np.unique(names)]))
+    own = images[torch.from_numpy(rows)] if isinstance(images, torch.Tensor) else [images[i] for i in rows]
+    return replace(task, images=own, y=names[rows])
+
+
+def _together(parts: Sequence[Task]) -> tuple[Any, Any]:
+    """Images and labels of a task, or of several with their labels as names."""
+    if len(parts) == 1:
+        return parts[0].images, parts[0].y
+    images = [as_given(part.images) for part in parts]
+    tensors = all(isinstance(own, torch.Tensor) for own in images)
+    joined = torch.cat(images) if tensors else [image for own in images for image in own]
+    return joined, np.concatenate([_called(part, part.y) for part in parts])
 
 
 def _accuracy(encoder: Encoder, task: Task, templates: Any) -> float:
