@@ -1,4 +1,4 @@
-"""Rebuild what is generated here: the table of methods, and the output of the examples.
+"""Rebuild what is generated here: the table of methods, the figures beside other libraries, the output of the examples.
 
 python docs/build.py           write them
 python docs/build.py --check   say what is out of date, exit code 1 if anything is
@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, also where this file is loaded by its path
 
 import examples
+import peers
 import samples
 
 from clipworks.registry import AREAS, MethodInfo, methods
@@ -73,11 +74,17 @@ def alike(first: str, second: str) -> bool:
     return examples.plain(first) == examples.plain(second)
 
 
+WRITTEN = {  # pages that follow from files alone
+    TABLE: lambda: methods_page(methods()),
+    peers.PAGE: lambda: peers.page(peers.PAGE.read_text(encoding="utf-8")),
+}
+
+
 def main() -> int:
-    pages = [TABLE, *(SHOWN if MODEL.exists() else [])]
+    pages = [*WRITTEN, *(SHOWN if MODEL.exists() else [])]
     before = {page: page.read_text(encoding="utf-8") if page.exists() else "" for page in pages}
-    made = {page: methods_page(methods()) if page == TABLE else page_with_outputs(page) for page in pages}
-    same = {page: before[page] == made[page] if page == TABLE else alike(before[page], made[page]) for page in pages}
+    made = {page: WRITTEN[page]() if page in WRITTEN else page_with_outputs(page) for page in pages}
+    same = {page: before[page] == made[page] if page in WRITTEN else alike(before[page], made[page]) for page in pages}
     stale = [page for page in pages if not same[page]]
     if "--check" in sys.argv:
         print("\n".join(f"{page.relative_to(DOCS.parent)} is out of date: make docs" for page in stale) or "up to date")

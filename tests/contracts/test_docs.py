@@ -70,10 +70,56 @@ def test_examples_are_run_and_their_output_is_written(build, tmp_path, monkeypat
     assert build.examples.played(tmp_path / "page.md") == made
 
 
-@pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), *sorted(DOCS.parent.glob("*.md"))], ids=lambda p: p.name)
+PAGES = [*sorted(DOCS.parent.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+
+
+def anchors(page):
+    """The names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.M)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
+
+
+def lost(page):
+    """Links of a page to files, or to headings, that are not there."""
+    links = LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8")))
+    for path, _, anchor in (link.partition("#") for link in links if not re.match(r"\w+:", link)):
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            yield f"{path}#{anchor}" if anchor else path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS.parent).as_posix())
 def test_links_lead_somewhere(page):
-    targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    assert [t for t in targets if not (page.parent / t).exists()] == []
+    assert list(lost(page)) == []
+
+
+def test_a_lost_link_is_found(tmp_path):
+    (tmp_path / "b.md").write_text("# One `two`, three\n```text\n# no heading\n```\n")
+    good = "[x](b.md#one-two-three) [y](#here) [z](https://example.org/none)"
+    (tmp_path / "a.md").write_text(f"# Here\n{good} [d](c.md) [e](b.md#no-heading) [f](#there)\n")
+    assert list(lost(tmp_path / "a.md")) == ["c.md", "b.md#no-heading", "#there"]
+
+
+def test_every_guide_is_in_the_list_of_guides():
+    listed = LINK.findall((DOCS / "README.md").read_text(encoding="utf-8"))
+    guides = {page.relative_to(DOCS).as_posix() for page in [*DOCS.glob("*.md"), *(DOCS / "quickstart").glob("*.md")]}
+    assert guides - set(listed) == {"README.md"}
+
+
+def test_figures_beside_other_libraries_are_those_of_the_measurements(build):
+    text = build.peers.PAGE.read_text(encoding="utf-8")
+    assert text == build.WRITTEN[build.peers.PAGE](), "run: make docs"
+    table = re.findall(r"^\| (.+?) \| ([\d.,]+) \S+ \| .+?: ([\d.,]+) \| \**([\d.]+)\** \| `(\w+)` \|$", text, re.M)
+    rows = build.peers.rows()
+    assert len(table) == len(rows) > 25
+    for (what, ours, theirs, ratio, file), row in zip(table, rows, strict=True):
+        assert (what, file) == (row.what, row.file)
+        mine, other = float(ours.replace(",", "")), float(theirs.replace(",", ""))
+        quotient = mine / other if row.unit in ("images/s", "requests/s", "%") else other / mine
+        assert float(ratio) == pytest.approx(quotient, rel=0.05), what  # medians of ratios are not ratios of medians
 
 
 def test_readme_names_the_two_commands_and_real_functions():

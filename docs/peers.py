@@ -1,0 +1,119 @@
+"""The table of measured figures in docs/peers.md, written from the JSON files of benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "peers.md"
+BEGIN, END = "<!-- measured: written by docs/peers.py -->", "<!-- end -->"
+TITLES = ["| what | clipworks | the peer | times as good | from |", "|---|---:|---:|---:|---|"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A comparison: what, with whom, in which file, and the paths of keys at which the figures stand in it."""
+
+    what: str
+    peer: str
+    file: str
+    ours: str
+    theirs: str
+    unit: str
+    ratio: str = ""  # without one it is computed, more being better
+
+
+def rows() -> list[Row]:
+    """Return all comparisons."""
+    found = []
+    forms = {"exact fp32": "clipworks exact fp32", "torch bf16": "clipworks bf16",
+             "OpenVINO int8": "clipworks openvino int8", "ONNX Runtime int8": "clipworks onnxruntime int8"}  # fmt: skip
+    for form, ours in forms.items():
+        for peer in ("sentence-transformers", "open_clip"):
+            what = f"JPEG files to vectors, ViT-B/32, {form}"
+            paths = (f"rows/{ours}/images_per_s", f"rows/{peer}/images_per_s")
+            found.append(Row(what, peer, "end_to_end", *paths, "images/s", f"rows/{ours}/ratio to {peer}"))
+    towers = {
+        "images": [("fp32", "clipworks fp32 (exact)"), ("bf16", "clipworks bf16")],
+        "texts": [("fp32, all 77 positions", "clipworks fp32, 77 positions"),
+                  ("fp32, cut at the end", "clipworks fp32, cut at the end token")],
+    }  # fmt: skip
+    base = {"images": "transformers fp32 (default)", "texts": "transformers fp32, 77 positions"}
+    for kind, forms_of in towers.items():
+        one = kind[:-1]
+        for form, ours in forms_of:
+            paths = tuple(f"{kind}/{name}/ms_per_{one}_best" for name in (ours, base[kind]))
+            ratio = f"{kind}/{ours}/ratio_of_best"
+            found.append(Row(f"{one} tower alone, {form}", "transformers", "encoder_speed", *paths, "ms", ratio))
+    for form, ours in {"": "clipworks", ", float32 throughout": "clipworks, float32 throughout"}.items():
+        for count in (1, 8, 100, 500):
+            what = f"exact search, 100,000 rows, {count} at once{form}"
+            paths = tuple(f"{count} queries/{name}/us_per_query_processor" for name in (ours, "faiss IndexFlatIP"))
+            ratio = f"{count} queries/{ours}/ratio_processor"
+            found.append(Row(what, "faiss IndexFlatIP", "search_speed", *paths, "µs", ratio))
+    released, grid = "the released code's way", "Tip-Adapter's grid, to the same optimum"
+    heads = [(grid, released, "tip_adapter/clipworks", "tip_adapter/release"),
+             ("logistic probe, penalty by folds", "scikit-learn", "probes/linear_probe", "probes/LogisticRegressionCV"),
+             ("ridge in its place", "scikit-learn", "probes/ridge", "probes/LogisticRegressionCV")]  # fmt: skip
+    for what, peer, ours, theirs in heads:
+        paths = (f"{ours}/seconds_processor", f"{theirs}/seconds_processor")
+        found.append(Row(what, peer, "head_speed", *paths, "s", f"{ours}/ratio_processor"))
+    for what, peer, ours, theirs in heads[1:]:
+        found.append(Row(f"{what}: accuracy", peer, "head_speed", f"{ours}/accuracy", f"{theirs}/accuracy", "%"))
+    paths = ("clipworks/cpu_seconds_per_step", "released/cpu_seconds_per_step")
+    found.append(
+        Row("CoOp's step, images encoded before", released, "prompt_speed", *paths, "s", "times_as_fast_per_step")
+    )
+    for kind in ("text", "image"):
+        paths = (f"{kind}/together/requests_per_s", f"{kind}/one by one/requests_per_s")
+        what = f"server, 8 clients, {kind} queries together"
+        found.append(Row(what, "one by one", "server_speed", *paths, "requests/s", f"{kind}/throughput_ratio"))
+    return found
+
+
+def results(file: str) -> dict[str, Any]:
+    """What a measurement found."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))["results"]
+
+
+def look(found: Any, path: str) -> float:
+    """The figure at a path of keys, as they stand in the file; `ViT-B/32` and the like hold the separator."""
+    while path:
+        key = max((key for key in found if path == key or path.startswith(f"{key}/")), key=len)
+        found, path = found[key], path[len(key) + 1 :]
+    return float(found)
+
+
+def figure(value: float) -> str:
+    """Three digits that mean something, thousands set apart."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times(row: Row) -> float:
+    """How many times as good as the peer, as the file has it."""
+    found = results(row.file)
+    return look(found, row.ratio) if row.ratio else look(found, row.ours) / look(found, row.theirs)
+
+
+def table() -> str:
+    """Return the table; what falls behind the peer is in bold."""
+    lines = list(TITLES)
+    for row in rows():
+        ours, theirs = (figure(look(results(row.file), path)) for path in (row.ours, row.theirs))
+        ratio = f"{times(row):.2f}"
+        ratio = f"**{ratio}**" if times(row) < 1 else ratio
+        lines.append(f"| {row.what} | {ours} {row.unit} | {row.peer}: {theirs} | {ratio} | `{row.file}` |")
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """Return the page with its table as the files have it now."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END, 1)[1]}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
