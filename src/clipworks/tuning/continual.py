@@ -109,7 +109,8 @@ def continual(
         raise ClipworksError(f"original_teacher needs a method with teacher. {type(method).__name__} has none.")
     first = encoder = resolve(method.encoder)
     check_range("rehearsal", rehearsal, 0)
-    rows, stored = [], []
+    rows: list[list[float]] = []
+    stored: list[Task] = []
     start = np.array([_accuracy(first, task, method.templates) for task in tasks])
     for task in tasks:
         changes = {"teacher": first} if original_teacher else {}
