@@ -8,7 +8,8 @@ from sklearn.linear_model import LogisticRegression
 
 from clipworks.errors import ClipworksError
 from clipworks.heads.common import Choice, fit_temperature, fold_numbers
-from clipworks.heads.linear_probe import GRID, LinearProbe, Regression, search
+from clipworks.heads.linear_probe import GRID, LinearProbe, search
+from clipworks.heads.regression import Regression
 
 
 def objective(coef, intercept, x, y, c):
@@ -59,6 +60,16 @@ def test_weights_of_rows_are_repetitions():
     np.testing.assert_allclose(one[0], two[0], atol=1e-5)
 
 
+def test_the_minimum_does_not_depend_on_the_penalties_before_it():
+    """What was learned of the curvature at other C is used, without the penalty that belonged to it."""
+    x, y, _ = shots(noise=1.5)
+    straight, round_about = Regression(x, y, 6), Regression(x, y, 6)
+    rounds = [round_about.solve(c, 1000, 1e-5, 0.0)[1] for c in (1e-2, 1.0, 100.0, 30.0)]
+    assert min(rounds) > 0 and len(round_about.moves) > 3
+    for one, two in zip(straight.fit(3.0, 1000, 1e-9)[:2], round_about.fit(3.0, 1000, 1e-9)[:2], strict=True):
+        np.testing.assert_allclose(one - one.mean(0), two - two.mean(0), atol=1e-5)
+
+
 def test_limits_of_the_penalty():
     x, y, _ = shots()
     strong = LinearProbe(C=1e-9).fit(x, y)
@@ -85,9 +96,13 @@ class Scripted:
     """Stands for a regression: so many of 100 held-out images are right at each C, and the loss per image is given."""
 
     classes = 100
+    at, moves = None, ()
 
     def __init__(self, right, value):
         self.right, self.values, self.seen = right, value, []
+
+    def start(self, at, moves):
+        self.at, self.moves = at, moves
 
     def step(self, c, held):
         self.seen.append(c)

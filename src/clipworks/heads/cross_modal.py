@@ -24,7 +24,8 @@ import numpy as np
 from ..errors import check_range
 from ..registry import method
 from .common import Choice, Head, Shots, unit
-from .linear_probe import ONE_SHOT_C, Regression, search
+from .linear_probe import ONE_SHOT_C, search
+from .regression import Regression
 
 
 @method(card="few-shot-foundations", level="M")
@@ -95,8 +96,11 @@ class CrossModalProbe(Head):
         self.text_ = None  # the words are in the weights: nothing is added to the logits
         whole, splits = Regression(rows, own, shots.classes, weight), shots.splits(self.folds)
         choice = self._choice(*splits)
-        always = np.arange(number, len(rows))
-        parts = [(whole.part(np.append(part, always)), whole.rotate(self._rows(held))) for part, held, _ in splits]
+        known, parts = shots.validation is None, []  # then what is held out are the other rows
+        for part, held, _ in splits:
+            kept = np.append(part, np.arange(number, len(rows)))
+            left = np.delete(whole.rows, kept, 0) if known else whole.rotate(self._rows(held))
+            parts.append((whole.part(kept), left))
         search(choice, whole, parts, self.C)
         self.C_ = float(self.C or choice.setting or ONE_SHOT_C)
         self.coef_, self.intercept_, self.n_iter_ = whole.fit(self.C_, self.max_iter, self.tol)
