@@ -66,6 +66,14 @@ def test_limits_of_the_threshold():
     np.testing.assert_allclose(constant, mean, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_threshold_follows_whose_features_they_are():
+    assert CLIPDINOiser().threshold == 0.5
+    assert CLIPDINOiser(affinity=lambda images: images).threshold == 0.2
+    assert CLIPDINOiser(Heads(8)).threshold == 0.2
+    assert CLIPDINOiser(threshold=0.3).threshold == 0.3
+
+
 def test_pooling_follows_a_permutation_and_forgets_a_factor():
     draw = torch.Generator().manual_seed(0)
     a, f = torch.rand(1, 9, 9, generator=draw), torch.randn(1, 9, 4, generator=draw)

@@ -32,6 +32,14 @@ def test_the_patches_path_against_numpy(calibrated, heads):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("layers", "expected"), [(2, 1), (3, 1), (5, 2), (12, 5), (24, 5)])
+def test_short_towers_calibrate_the_same_share_of_their_blocks(layers, expected):
+    found = plain.hidden(plain.toy(layers=layers), blocks=layers)
+    assert torch.equal(ExCEL().features(found), ExCEL(expected).features(found))
+    assert not torch.equal(ExCEL().features(found), ExCEL(expected + 1).features(found))
+
+
+@torch.no_grad()
 def test_without_calibrated_blocks_the_patches_are_clips_own():
     found = plain.hidden()
     assert torch.equal(ExCEL(0).features(found), PatchTokens().features(found))

@@ -71,6 +71,15 @@ def test_regions_of_one_feature_give_the_mean_value_of_the_region():
 
 
 @torch.no_grad()
+def test_the_gain_follows_whose_features_they_are():
+    found = plain.hidden()
+    assert torch.equal(ProxyCLIP().features(found), ProxyCLIP(gain=10.0).features(found))
+    maps = features_of("own", found).permute(0, 3, 1, 2)
+    given = ProxyCLIP(lambda images: maps)
+    assert torch.equal(given.features(found), ProxyCLIP(gain=3.0).features(found))
+
+
+@torch.no_grad()
 def test_with_residual_sum_each_patch_alone_is_maskclip():
     found = plain.hidden()
     apart = torch.eye(24).reshape(24, 4, 6).expand(2, -1, -1, -1)

@@ -11,7 +11,8 @@ Objects: o = sigmoid(Conv1x1(m / |m|)); a pixel is background iff its best proba
 Paper: Wysoczańska et al. 2024, CLIP-DINOiser: Teaching CLIP a few DINO tricks for open-vocabulary semantic segmentation
 (ECCV).
 Differs from the paper: without trained heads the affinity is that of a second model, or of the tower's own stem: the
-paper's teacher variant. Towers of fewer than three blocks read the first. Heads learn in `segment.dinoiser_heads`.
+paper's teacher variant; the stem's threshold was chosen on photos that no benchmark judges. Towers of fewer than three
+blocks read the first. Heads learn in `segment.dinoiser_heads`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from .common import Hidden, cosines, interpolation, pool, similarities
 from .dinoiser_heads import Heads, early
 from .maskclip import MaskCLIP
 
+RELEASED, OWN = 0.2, 0.5  # thresholds: for DINO's cosines, for those of the tower's own stem
+
 
 @method(card="clip-dinoiser", level="M")
 class CLIPDINOiser(MaskCLIP):
@@ -34,7 +37,8 @@ class CLIPDINOiser(MaskCLIP):
     ----------
     heads : trained heads, see `segment.dinoiser_heads.learn`; None takes the affinity of a model instead
     affinity : without heads: "own", "hf:organisation/name", or a function, see `segment.affinity`
-    threshold : g, cosines below it do not count (release: 0.2)
+    threshold : g, cosines below it do not count; None is the release's 0.2 for trained heads and for another model's
+        features, and 0.5 for those of the tower's own stem, whose cosines are higher
     residual : as for `MaskCLIP`
 
     Inputs
@@ -65,12 +69,13 @@ class CLIPDINOiser(MaskCLIP):
         self,
         heads: Heads | None = None,
         affinity: str | Provider = "own",
-        threshold: float = 0.2,
+        threshold: float | None = None,
         residual: bool = True,
     ):
         super().__init__(residual)
         self.heads, self.affinity = heads, provider(affinity)
-        self.threshold = check_range("threshold", threshold, -1)
+        usual = OWN if heads is None and self.affinity == "own" else RELEASED
+        self.threshold = check_range("threshold", usual if threshold is None else threshold, -1)
 
     def features(self, hidden: Hidden) -> torch.Tensor:
         """A map (B, rows, columns, dim) on the affinity's grid, not normalised."""

@@ -11,7 +11,7 @@ over classes, w_k = c_k / mean(c), c = softmax(2 cos(class token, t)).
 Papers: Yang et al. 2025, ExCEL: Exploring CLIP's Dense Knowledge for Weakly Supervised Semantic Segmentation (CVPR);
 the two paths and the removal of what classes share: Li et al. 2023, CLIP Surgery for Better Explainability.
 Differs from the paper: patches are brought to length 1 over channels (the release over patches); the trained part
-(learnable calibration, decoder) is not here; towers of fewer than five blocks calibrate all.
+(learnable calibration, decoder) is not here; towers of fewer than twelve blocks calibrate the same share of them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from ..errors import ClipworksError, check_choice, check_range
 from ..registry import method
 from .common import Dense, Hidden, cosines
 
+RELEASED, DEPTH = 5, 12  # calibrated blocks of the release, and how many its tower has
+
 
 @method(card="excel", level="M")
 class ExCEL(Dense):
@@ -35,7 +37,8 @@ class ExCEL(Dense):
 
     Parameters
     ----------
-    calibrated : how many of the last blocks patches collect from (release: 5); 0 leaves CLIP's own tokens
+    calibrated : how many of the last blocks patches collect from; None is the release's 5, in towers of fewer than its
+        twelve blocks the same share; 0 leaves CLIP's own tokens
     attributes : unit rows (B, dim) of attribute centres, see `attribute_centres`; None leaves the words alone
     dropped : share of the attributes, the least like a word, that it does not take (release: 0.1)
     shared : remove from the scores what all classes share (release: True)
@@ -63,13 +66,14 @@ class ExCEL(Dense):
 
     def __init__(
         self,
-        calibrated: int = 5,
+        calibrated: int | None = None,
         attributes: torch.Tensor | None = None,
         dropped: float = 0.1,
         shared: bool = True,
         heads: str = "sum",
     ):
-        self.calibrated, self.blocks = int(check_range("calibrated", calibrated, 0)), max(1, calibrated)
+        self.calibrated = None if calibrated is None else int(check_range("calibrated", calibrated, 0))
+        self.blocks = RELEASED if self.calibrated is None else max(1, self.calibrated)
         self.attributes, self.dropped = attributes, check_range("dropped", dropped, 0, 1)
         self.shared, self.heads_together = shared, check_choice("heads", heads, ("sum", "mean"))
 
@@ -90,9 +94,11 @@ class ExCEL(Dense):
 
     def features(self, hidden: Hidden) -> torch.Tensor:
         """A map (B, h, w, dim), not normalised."""
-        if not self.calibrated:
+        if self.calibrated == 0:
             return hidden.project(hidden.finish(hidden.attend(None)))
-        blocks, inputs = hidden.visual.blocks, hidden.inputs[-self.calibrated :]
+        blocks = hidden.visual.blocks
+        count = self.calibrated or max(1, min(RELEASED, round(len(blocks) * RELEASED / DEPTH)))
+        inputs = hidden.inputs[-count:]
         new = inputs[0]
         for block, x in zip(blocks[len(blocks) - len(inputs) :], inputs, strict=True):
             attention, y = block.attention, block.norm1(x)

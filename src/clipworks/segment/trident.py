@@ -69,7 +69,7 @@ class Trident(ProxyCLIP):
         self,
         affinity: str | Provider = "own",
         shift: float = 1.2,
-        gain: float = 3.0,
+        gain: float | None = None,
         guide: str | Guide = "own",
         factor: float = 1.2,
         residual: bool = False,
