@@ -8,7 +8,7 @@ import torch
 
 from clipworks.errors import ClipworksError
 from clipworks.zeroshot.classifier import class_vectors
-from clipworks.zeroshot.perceptionclip import perceptionclip
+from clipworks.zeroshot.perceptionclip import GENERAL, perceptionclip
 
 NAMES = ["duck", "hen", "wren"]
 FACTORS = {"background": ["", "on grass", ["in water", "on a lake"]], "angle": ["upright", "upside-down"]}
@@ -195,6 +195,13 @@ def test_mistakes_are_named(change, message):
     given = {"features": images(), "names": NAMES, "encoder": Words(), "factors": FACTORS, **change}
     with pytest.raises(ClipworksError, match=message):
         perceptionclip(**given)
+
+
+def test_without_factors_there_are_those_of_any_picture():
+    found, told = perceptionclip(images(), NAMES, Words()), perceptionclip(images(), NAMES, Words(), GENERAL)
+    np.testing.assert_array_equal(found.probabilities, told.probabilities)
+    assert len(found.contexts) == 32
+    assert found.contexts[0] == dict.fromkeys(["orientation", "quality", "illumination", "medium"], "")
 
 
 def test_an_unknown_factor_is_named():

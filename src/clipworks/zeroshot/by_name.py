@@ -85,7 +85,7 @@ def decide(
     method : "zero_shot", or the name of a method of `zeroshot` or `heads`
     shots : labelled features; labels are class names
     descriptions : a mapping or JSON file of what the method asks for: names -> descriptions, for `fudd` also pairs of
-        names, for `perceptionclip` factors -> values
+        names, for `perceptionclip` factors -> values (or nothing)
     templates, scale, budget : for methods that have such a setting; templates make the class words of all others
     explain : fill `reasons`
     """

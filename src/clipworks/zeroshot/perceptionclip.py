@@ -10,7 +10,8 @@ p(z|x) = softmax_z( logsumexp_y f(y, z) / tau ),  p(y|x,z) = softmax_y f(y, z), 
 Paper: An et al. 2024, PerceptionCLIP: Visual Classification by Inferring and Conditioning on Contextual Attributes.
 Differs from the paper: tau is 1 unless set, where p(y|x) is the class marginal of the softmax over all pairs of class
 and context; the released scripts pick it on the test set. The phrases of a combination are joined by ", ". The number
-of combinations is limited.
+of combinations is limited. Factors that no one gave are four of the paper's for photos in general, each with a value
+that says nothing; the paper has more of them, with phrases from a language model, chosen for each data set.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ from .templates import resolve_templates
 BLOCK = 2**24  # numbers in the table of images x classes x contexts held at a time
 CLASSES = 256  # classes whose sentences are encoded at a time
 Factors = Mapping[str, Sequence[str | Sequence[str]]]
+GENERAL: Factors = {
+    "orientation": ["", "upside-down"],
+    "quality": ["", "blurry"],
+    "illumination": ["", "in the dark"],
+    "medium": ["", "as a painting", "as a sketch", "as a cartoon"],
+}
 
 
 @dataclass
@@ -73,7 +80,7 @@ def perceptionclip(
     features: Any,
     names: Sequence[str],
     encoder: Any,
-    factors: Factors,
+    factors: Factors | None = None,
     *,
     templates: str | Sequence[str] = "a photo of a {}",
     infer: str = "names",
@@ -91,7 +98,8 @@ def perceptionclip(
     names : C distinct class names
     encoder : anything with `texts(list of str) -> (n, dim)`, or a mapping from sentence to vector
     factors : {"background": ["", "on grass", ["in water", "on a lake"]], ...}; each value is a phrase, "" for none, or
-        several phrases that mean the same and are averaged; a context is one value of every factor
+        several phrases that mean the same and are averaged; a context is one value of every factor; default: `GENERAL`,
+        orientation, quality, illumination and medium of a picture
     templates : name of a set, a template or several; phrases follow before its full stop
     infer : the context by the class "names" (summed over the classes), or by the "noun" in place of them
     noun : word for all classes ("bird" among birds), if `infer="noun"`
@@ -138,7 +146,7 @@ def perceptionclip(
     if not tau > 0:
         raise ClipworksError(f"tau must be above 0. Got {tau!r}.")
     chosen = resolve_templates(templates)
-    values, contexts = _contexts(factors, limit)
+    values, contexts = _contexts(GENERAL if factors is None else factors, limit)
 
     def vectors(subjects: list[str]) -> np.ndarray:
         """Shape (subjects, Z, dim): every subject in every context, averaged over templates and synonyms."""

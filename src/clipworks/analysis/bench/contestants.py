@@ -209,8 +209,8 @@ class Fitted:
             return Answer(logits.argmax(1), _softmax(logits))
         own = dataclasses.replace(material, text=text, names=names)
         scores = contestant.target(x, names, material.encoder(), **contestant._arguments(own, contestant.target))
-        known = hasattr(scores, "probabilities")
-        return Answer(scores.predictions, scores.probabilities(material.scale) if known else None)
+        known = getattr(scores, "probabilities", None)
+        return Answer(scores.predictions, known(material.scale) if callable(known) else known)
 
 
 def contestants(specs: Sequence[str], descriptions: bool = False) -> tuple[list[Contestant], dict[str, str]]:
