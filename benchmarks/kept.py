@@ -40,9 +40,17 @@ class Pieces:
         self.folder, self.minutes, self.began = folder, minutes, time.monotonic()
         self.state = hashlib.sha256(state.encode()).hexdigest()[:12]
 
+    def done(self, name: str) -> dict[str, Any] | None:
+        """What an earlier run gave; None if there was none."""
+        path = self._path(name)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{self.state}-{name.replace(' ', '_').replace('/', '_')}.json"
+
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `make` gave, now or in an earlier run, with the seconds of the processor that it took."""
-        path = self.folder / f"{self.state}-{name.replace(' ', '_').replace('/', '_')}.json"
+        path = self._path(name)
         if not path.exists():
             if time.monotonic() - self.began > 60 * self.minutes:
                 raise SystemExit(f"stopped before {name!r}; the same command goes on")
