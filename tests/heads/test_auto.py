@@ -131,7 +131,9 @@ def test_zero_shot_gives_way_to_any_head_that_is_ahead_and_to_none_that_is_level
     assert 0 < line["zero_shot"].behind < line["zero_shot"].behind_error
     assert found.chosen_ == "ahead"
     heads["ahead"] = told("level", range(3, 37), 3)
-    assert compare(heads).chosen_ == "zero_shot"
+    level = compare(heads)
+    assert level.chosen_ == "zero_shot"
+    assert level.why_ == "no head is more accurate on 40 shots held out than the words alone (0.850)."
 
 
 @pytest.mark.parametrize("seed", range(4))

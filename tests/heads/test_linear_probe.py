@@ -65,7 +65,8 @@ def test_the_minimum_does_not_depend_on_the_penalties_before_it():
     x, y, _ = shots(noise=1.5)
     straight, round_about = Regression(x, y, 6), Regression(x, y, 6)
     rounds = [round_about.solve(c, 1000, 1e-5, 0.0)[1] for c in (1e-2, 1.0, 100.0, 30.0)]
-    assert min(rounds) > 0 and len(round_about.moves) > 3
+    assert min(rounds) > 0
+    assert len(round_about.moves) > 3
     for one, two in zip(straight.fit(3.0, 1000, 1e-9)[:2], round_about.fit(3.0, 1000, 1e-9)[:2], strict=True):
         np.testing.assert_allclose(one - one.mean(0), two - two.mean(0), atol=1e-5)
 

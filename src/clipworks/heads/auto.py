@@ -297,6 +297,8 @@ def deviation(values: np.ndarray) -> float:
 
 def _reason(chosen: Tried, best: Tried, count: int) -> str:
     held = f"on {count} shots held out"
+    if chosen.method == ZERO_SHOT:
+        return f"no head is more accurate {held} than the words alone ({chosen.accuracy:.3f})."
     if chosen is best:
         return f"{chosen.method} is the most accurate {held} ({chosen.accuracy:.3f}), and nothing simpler is as good."
     if chosen.accuracy == best.accuracy:

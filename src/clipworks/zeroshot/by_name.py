@@ -272,7 +272,7 @@ def _reasons(result: Any, found: Decision, x: np.ndarray, asked: _Asked) -> list
         most = result.context_probabilities.argmax(1)
         return [", ".join(f"{k}: {v or 'none'}" for k, v in result.contexts[z].items())
                 + f" ({p:.2f})" for z, p in zip(most, result.context_probabilities.max(1), strict=True)]  # fmt: skip
-    if isinstance(result, Scores) or asked.shots is None:
+    if isinstance(result, Scores) or asked.shots is None or getattr(result, "chosen_", "") == PLAIN:
         return [_lead(cosine[i], asked.names, int(best[i])) for i in range(len(x))]
     return nearest_shots(x, asked.shots)
 
