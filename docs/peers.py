@@ -67,6 +67,9 @@ def rows() -> list[Row]:
     found.append(
         Row("CoOp's step, images encoded before", released, "prompt_speed", *paths, "s", "times_as_fast_per_step")
     )
+    paths = ("clipworks/seconds_processor", "sentence-transformers/seconds_processor")
+    what = "near-duplicates among 20,000 vectors, all found"
+    found.append(Row(what, "sentence-transformers", "duplicates_speed", *paths, "s", "clipworks/ratio_processor"))
     for kind in ("text", "image"):
         paths = (f"{kind}/together/requests_per_s", f"{kind}/one by one/requests_per_s")
         what = f"server, 8 clients, {kind} queries together"
