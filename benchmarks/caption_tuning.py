@@ -21,6 +21,7 @@ on these photos. The image tower's convolutional stem stays (`kept.py`).
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--language-model", type=Path, help="folder of the sentence encoder; without it one way less")
     parser.add_argument("--work", type=Path, default=WORK.with_name("caption_tuning"), help="what is finished")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing further after so long")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after these, and record what is there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     model = clipworks.load()
@@ -102,14 +103,14 @@ def main() -> None:
             found["parameters"] = parameter_counts(made.encoder_)
         return found
 
-    results: dict[str, Any] = {
-        "settings": {"tested": TESTED, "learned": LEARNED, "seeds": given.seeds, "encoder": model.fingerprint[:12]},
-        "before": pieces.once("before", lambda: measure(without_stem(model))),
-    }
-    for way in WAYS if given.language_model else [w for w in WAYS if w != "llm2clip"]:
-        results[way] = gathered([
-            pieces.once(f"{way} {seed}", lambda way=way, seed=seed: learn(way, seed)) for seed in given.seeds
-        ])  # fmt: skip
+    ways = WAYS if given.language_model else [way for way in WAYS if way != "llm2clip"]
+    jobs = {f"{way} {seed}": partial(learn, way, seed) for seed in given.seeds for way in ways}
+    done = pieces.run({"before": lambda: measure(without_stem(model)), **jobs})
+    results: dict[str, Any] = {"settings": {"tested": TESTED, "learned": LEARNED, "encoder": model.fingerprint[:12]},
+                               "before": done["before"]}  # fmt: skip
+    for way in ways:
+        if there := [seed for seed in given.seeds if f"{way} {seed}" in done]:
+            results[way] = {"seeds": there, **gathered([done[f"{way} {seed}"] for seed in there])}
     print(record("caption_tuning", results, given.seeds[0], photos.digest))
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=10, help="of every task")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing further after so long")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after these, and record what is there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     model, found = clipworks.load(), sets(given.data, given.packages, list(TASKS))
@@ -96,13 +97,13 @@ def main() -> None:
     settings = {"lr": given.lr, "steps": given.steps, "learned": LEARNED, "measured": MEASURED, "seeds": given.seeds}
     pieces = Pieces(given.work, f"{model.fingerprint} {given.lr} {given.steps}", given.minutes)
     drawn = {seed: draw(found, model, seed) for seed in given.seeds}
+    jobs = {f"{way} {seed}": partial(learn, way, drawn[seed][0], seed) for way in WAYS for seed in given.seeds}
+    done = pieces.run({"before": lambda: {"accuracy": unseen(start)}, **jobs})
     results: dict[str, Any] = {"settings": {**settings, "encoder": model.fingerprint[:12]}}
-    results["unseen_before"] = pieces.once("before", lambda: {"accuracy": unseen(start)})["accuracy"]
+    results["unseen_before"] = done["before"]["accuracy"]
     for way in WAYS:
-        results[way] = gathered([
-            pieces.once(f"{way} {seed}", lambda way=way, seed=seed: learn(way, drawn[seed][0], seed))
-            for seed in given.seeds
-        ])  # fmt: skip
+        if there := [seed for seed in given.seeds if f"{way} {seed}" in done]:
+            results[way] = {"seeds": there, **gathered([done[f"{way} {seed}"] for seed in there])}
     digest = hashlib.sha256(" ".join(keys for _, keys in drawn.values()).encode()).hexdigest()
     print(record("continual", results, given.seeds[0], digest))
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,15 @@ class Pieces:
             path.write_text(json.dumps({**found, "cpu_seconds": round(time.process_time() - began, 1)}))
             print(name, found, flush=True)
         return json.loads(path.read_text())
+
+    def run(self, jobs: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+        """All pieces that are finished, after as many of the others were made as the minutes allow."""
+        for name, make in jobs.items():
+            if self.done(name) is None and time.monotonic() - self.began > 60 * self.minutes:
+                print(f"stopped before {name!r}; the same command goes on")
+                break
+            self.once(name, make)
+        return {name: found for name in jobs if (found := self.done(name)) is not None}
 
 
 def gathered(found: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -179,6 +179,12 @@ def tip_clip(model: Encoder, given: argparse.Namespace, seed: int) -> Found:
     return {"before": measures(model), "tip_clip": measures(tuner.encoder_)}
 
 
+def joined(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What several seeds gave, one list per way and measure."""
+    ways = {way: gathered([one[way] for one in found]) for way in found[0] if way != "cpu_seconds"}
+    return {**ways, "cpu_seconds": [one["cpu_seconds"] for one in found]}
+
+
 PARTS = {part.__name__: part for part in (sam_clip, clip_scgi, gm_df, tip_clip)}
 
 
@@ -190,23 +196,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK.with_name("light_tuning"), help="folder of what is finished")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing further after so long")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after these, and record what is there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     fingerprint = clipworks.load().fingerprint
     pieces = Pieces(given.work, fingerprint, given.minutes)
-    for name in given.only:
-        for seed in given.seeds:
-            pieces.once(f"{name} {seed}", lambda name=name, seed=seed: PARTS[name](
-                clipworks.load().resize(image_size=SIZE), given, seed
-            ))  # fmt: skip
+    wanted = {f"{name} {seed}": (name, seed) for seed in given.seeds for name in given.only}
+    pieces.run({key: lambda name=name, seed=seed: PARTS[name](clipworks.load().resize(image_size=SIZE), given, seed)
+                for key, (name, seed) in wanted.items()})  # fmt: skip
     results: dict[str, Any] = {"settings": {"image_size": SIZE, "encoder": fingerprint[:12]}}
     for name in PARTS:
         there = {seed: found for seed in (1, 2, 3) if (found := pieces.done(f"{name} {seed}"))}
         if there:
-            one = next(iter(there.values()))
-            found = {way: gathered([own[way] for own in there.values()]) for way in one if way != "cpu_seconds"}
-            results[name] = {"seeds": list(there), **found, "cpu_seconds": [o["cpu_seconds"] for o in there.values()]}
+            results[name] = {"seeds": list(there), **joined(list(there.values()))}
     print(record("light_tuning", results, 1, hashlib.sha256(given.nouns.read_bytes()).hexdigest()))
 
 
