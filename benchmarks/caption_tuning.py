@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--language-model", type=Path, help="folder of the sentence encoder; without it one way less")
     parser.add_argument("--work", type=Path, default=WORK.with_name("caption_tuning"), help="what is finished")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after these, and record what is there")
+    parser.add_argument("--minutes", type=float, default=1e9, help="then record what is there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     model = clipworks.load()

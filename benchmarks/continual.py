@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=10, help="of every task")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after these, and record what is there")
+    parser.add_argument("--minutes", type=float, default=1e9, help="then record what is there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     model, found = clipworks.load(), sets(given.data, given.packages, list(TASKS))

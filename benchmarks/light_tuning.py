@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK.with_name("light_tuning"), help="folder of what is finished")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after these, and record what is there")
+    parser.add_argument("--minutes", type=float, default=1e9, help="then record what is there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     fingerprint = clipworks.load().fingerprint
