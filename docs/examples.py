@@ -23,12 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from clipworks.cli.main import build_app
 from clipworks.cli.main import main as clipworks
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 NOT_RUN = re.compile(r"\A# not run: (.+)\n")
 LOOKED_UP = ("pip", "make", "python")
+SETTING = re.compile(r"[A-Z_]+=\S* ")  # an environment variable before a command
 ADDRESS = "127.0.0.1:8000"
 
 
@@ -53,8 +57,8 @@ class Example:
             return "doctest" if ">>> " in self.text else "python"
         if self.language in ("console", "sh", "bash"):
             return "commands"
-        words = [line.split()[0] for line in commands(self.text) if line.split()]
-        return "commands" if not self.language and words and set(words) <= {"clipworks", *LOOKED_UP} else ""
+        words = [SETTING.sub("", line).split()[0] for line in commands(self.text) if line.split()]
+        return "commands" if not self.language and words and set(words) <= {"clipworks", "torchrun", *LOOKED_UP} else ""
 
     @property
     def not_run(self) -> str:
@@ -88,7 +92,7 @@ def commands(text: str) -> list[str]:
 def command(line: str) -> tuple[int, str]:
     """Run one command in this process: its exit code, and what it printed; `| head -n N` is understood."""
     words = shlex.split(line.replace("\\\n", " "), comments=True)
-    if words[0] in LOOKED_UP:
+    if Path(words[0]).name in LOOKED_UP:
         return look_up(words), ""
     if words[0] != "clipworks":
         raise Wrong(f"{words[0]!r} is not run here: begin the block with '# not run: REASON'")
@@ -99,9 +103,17 @@ def command(line: str) -> tuple[int, str]:
     return (0 if lines else code), "\n".join(output.getvalue().rstrip().splitlines()[:lines])
 
 
+def parsed(line: str) -> None:
+    """Give the options of a `clipworks` command to its own parser and go no further; a wrong one is an error."""
+    words = shlex.split(line.replace("\\\n", " "), comments=True)
+    name, *options = words[words.index("clipworks") + 1 :]
+    group: Any = typer.main.get_command(build_app(name))
+    group.commands[name].make_context(name, options)
+
+
 def look_up(words: list[str]) -> int:
     """Check that the extra, the target or the file is there that a command names."""
-    if words[0] == "pip":
+    if Path(words[0]).name == "pip":
         declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         named = re.findall(r"clipworks\[([\w,]+)\]", " ".join(words))
         missing = [extra for extras in named for extra in extras.split(",") if f"\n{extra} = [" not in declared]
@@ -109,7 +121,7 @@ def look_up(words: list[str]) -> int:
         targets = (ROOT / "Makefile").read_text(encoding="utf-8")
         missing = [word for word in words[1:] if f"\n{word}:" not in targets and "=" not in word]
     else:
-        missing = [word for word in words[1:2] if not (ROOT / word).is_file()]
+        missing = [word for word in words[1:2] if word != "-m" and not (ROOT / word).is_file()]
     if missing:
         raise Wrong(f"there is no {', '.join(missing)}: {shlex.join(words)}")
     return 0
@@ -186,7 +198,7 @@ class Player:
         words = shlex.split(line, comments=True)[1:]
         start = [sys.executable, "-m", "clipworks", *words, "--port", str(self._port)]
         self._server = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(600):
+        for _ in range(1800):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self._port}/readyz"):
                 return
             if self._server.poll() is not None:
