@@ -38,7 +38,7 @@ from .shots import Shots
 NULL, UNSURE = -1, -2  # in the place of an image's number, see `mine`
 
 
-@method(card="tip-clip", level="M")
+@method(card="tip-clip", level="MR")
 class TIPCLIP(Tuner):
     """Fine-tune both towers so that texts without a picture meet one noise image, and score how visual texts are.
 
