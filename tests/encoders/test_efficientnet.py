@@ -204,3 +204,13 @@ def test_one_step_without_gradients(kernel, stride, groups, side, activate):
         assert halves.shape == found.shape
         if activate and rows:
             assert found.max() == 6
+
+
+def test_the_number_of_images_is_left_open_in_an_export():
+    layer = efficientnet.SameConv(8, 16, 3, 1, 1, True).eval()
+    rows = {"x": {0: torch.export.Dim("rows", min=1, max=64)}}
+    with torch.no_grad():
+        made = torch.export.export(layer, (torch.randn(2, 8, 6, 6),), dynamic_shapes=tuple(rows.values())).module()
+        for count in (1, 5):
+            x = torch.randn(count, 8, 6, 6)
+            torch.testing.assert_close(made(x), layer(x), rtol=1e-5, atol=1e-5)

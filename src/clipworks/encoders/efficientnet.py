@@ -75,11 +75,13 @@ class SameConv(nn.Module):
 def _fusible(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether oneDNN may compute convolution and ReLU6 in one step: on a CPU in float32, where nothing is learned,
     traced or cast. torch itself would do without oneDNN for few images on one thread, and write each map twice."""
+    if torch.compiler.is_compiling():  # before the number of images is looked at, which is left open in an export
+        return False
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and len(x) > 0
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     )
