@@ -88,3 +88,15 @@ def test_mistakes_are_named(model, tables, tmp_path):
     (tmp_path / "plain.csv").write_text("image,text\na.png,words\n")
     with pytest.raises(ClipworksError, match="a label for every record"):
         link(tables[0], encoder=model, validation=tmp_path / "plain.csv")
+
+
+def test_images_outside_the_folder_of_the_table(model, tables, tmp_path):
+    absolute = tables[0].read_text().splitlines()
+    lines = [absolute[0], *(f"{tables[0].parent}/{line}" for line in absolute[1:])]
+    (tmp_path / "moved.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ClipworksError, match="allow_outside=True"):
+        link(tmp_path / "moved.csv", encoder=model)
+    moved = link(tmp_path / "moved.csv", encoder=model, allow_outside=True)
+    assert np.array_equal(moved.groups, link(tables[0], encoder=model).groups)
+    with pytest.raises(ClipworksError, match=r"linkage must be one of 'single', 'average'\. Got 'complete'"):
+        link(tables[0], encoder=model, linkage="complete")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BadImage, ClipworksError
+from ..errors import BadImage, ClipworksError, check_choice
 from ..zeroshot.seen import image_features
-from .clippings import Tuned, link_records, record_vectors, tune_links
+from .clippings import LINKAGES, Tuned, link_records, record_vectors, tune_links
 from .common import group_scores
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def link(
     validation: str | Any = None,
     encoder: str | Encoder | None = None,
     batch_size: int = 32,
+    allow_outside: bool = False,
     progress: bool | None = None,
 ) -> Links:
     """Put the records of a table into groups.
@@ -73,6 +74,7 @@ def link(
         groups may be among the records
     encoder : name, path or encoder (default: the bundled one)
     batch_size : images per pass
+    allow_outside : accept paths that leave the folder of a table
     progress : show a bar (default: on a terminal)
 
     Returns
@@ -81,15 +83,16 @@ def link(
     """
     from ..store.identity import obtain
 
+    check_choice("linkage", linkage, LINKAGES)
     model = obtain(encoder)[0]
     tuned = None
     if validation is not None:
-        image, text, _, labels, _ = _records(validation, model, batch_size, progress)
+        image, text, _, labels, _ = _records(validation, model, batch_size, allow_outside, progress)
         if labels is None:
             raise ClipworksError("validation must have a label for every record. Got records without labels.")
         tuned = tune_links(image, text, labels, linkage=linkage)
         weight, threshold = tuned.weight, tuned.threshold
-    image, text, keys, labels, errors = _records(source, model, batch_size, progress)
+    image, text, keys, labels, errors = _records(source, model, batch_size, allow_outside, progress)
     groups = link_records(image, text, weight=weight, threshold=threshold, linkage=linkage)
     rows = record_vectors(image, text, weight)
     nearest = np.full(len(rows), np.nan)
@@ -102,11 +105,13 @@ def link(
     return Links(keys, groups, nearest, weight, threshold, tuned, scores, errors)
 
 
-def _records(source: Any, encoder: Any, batch_size: int, progress: bool | None) -> tuple[Any, ...]:
+def _records(
+    source: Any, encoder: Any, batch_size: int, allow_outside: bool, progress: bool | None
+) -> tuple[Any, ...]:
     """Vectors of images and of texts, keys, labels (None unless all have one), and what could not be used."""
     from ..data.sources import open_source
 
-    items = {item.key: item for item in open_source(source)}
+    items = {item.key: item for item in open_source(source, allow_outside=allow_outside)}
     lacking = [key for key, item in items.items() if item.error is None and not item.caption]
     if lacking:
         raise ClipworksError(f"source must give every image a text. {len(lacking)} of {len(items)} have none, for "
