@@ -134,6 +134,42 @@ def made(folder: Path, rows: int) -> Path:
     return folder / "random"
 
 
+def tower(most: int, repeats: int = 7) -> dict[str, Any]:
+    """Milliseconds per image and per text of the encoder alone: one at a time and in a batch, in turns.
+
+    What batching can gain at most, whatever the server does.
+    """
+    import torch
+
+    import clipworks
+
+    encoder = clipworks.load()
+    pixels = torch.randn(most, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(SEED))
+    words = [f"a photo of a {one} and a {other}" for one, other in zip(WORDS, WORDS[::-1], strict=True)][:most]
+    rows = {
+        "image alone": (1, lambda: encoder.images(pixels[:1])),
+        "image in a batch": (most, lambda: encoder.images(pixels, batch_size=most)),
+        "text alone": (1, lambda: encoder.texts(words[:1])),
+        "text in a batch": (most, lambda: encoder.texts(words)),
+    }
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+    for turn in range(repeats + 1):
+        for name, (count, call) in rows.items():
+            start = time.perf_counter(), time.process_time()
+            call()
+            spent = (time.perf_counter() - start[0], time.process_time() - start[1])
+            if turn:
+                taken[name].append((1e3 * spent[0] / count, 1e3 * spent[1] / count))
+    found: dict[str, Any] = {"batch": most, "threads": torch.get_num_threads()}
+    for name, values in taken.items():
+        clock, processor = np.median(values, axis=0).round(2).tolist()
+        found[name] = {"ms": clock, "processor_ms": processor}
+    for kind in ("image", "text"):
+        alone, many = found[f"{kind} alone"], found[f"{kind} in a batch"]
+        found[f"{kind}: most that a batch can gain"] = {key: round(alone[key] / many[key], 2) for key in alone}
+    return found
+
+
 def summary(rounds: list[dict[str, float]]) -> dict[str, float]:
     """The median of every figure; of p99 the largest."""
     return {k: round(float(np.max(v) if k == "p99_ms" else np.median(v)), 2)
@@ -153,6 +189,8 @@ def main() -> None:
         servers = {name: Server(collection, given) for name, given in MODES.items()}
         try:
             results: dict[str, Any] = {"clients": options.clients, "rows": options.rows, "rounds": options.rounds}
+            results["encoder"] = tower(options.clients)
+            print("encoder", json.dumps(results["encoder"], indent=1), flush=True)
             for kind, make, each in (("text", texts, options.each), ("image", images, max(2, options.each // 4))):
                 found: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
                 for server in servers.values():  # what is loaded on first use
@@ -166,7 +204,7 @@ def main() -> None:
                     "throughput_ratio": round(many["requests_per_s"] / one["requests_per_s"], 2),
                     "processor_ratio": round(one["processor_ms"] / many["processor_ms"], 2),
                 }
-                print(kind, json.dumps(results[kind], indent=1))
+                print(kind, json.dumps(results[kind], indent=1), flush=True)
         finally:
             for server in servers.values():
                 server.process.terminate()
