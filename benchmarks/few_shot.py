@@ -50,7 +50,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 WORK = Path(tempfile.gettempdir()) / "clipworks-benchmarks" / "few_shot"
 MOST, SHOTS = 1000, (1, 2, 4, 8, 16)
-SLOW = ("-auto",)  # chooses among all others by cross-validation; measured apart, in its own script
+SLOW = ("-auto",)  # chooses among all others by cross-validation; measured apart, in auto.py
+PLAIN = "linear_probe(text=None)"  # without words, as the papers compare with it
 
 
 def sets(data: Path, packages: Path | None, only: list[str]) -> dict[str, LabelledSet]:
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None] = print) -> list
     found = sets(options.data, options.packages, options.sets)
     models = ["clipworks-small" if options.model is None else str(options.model)]
     models += [str(options.second)] if options.second else []
-    methods = [*options.methods, *SLOW] if options.methods == ["all"] else options.methods
+    methods = [*options.methods, PLAIN, *SLOW] if options.methods == ["all"] else options.methods
     for protocol, names, shots in plan(found):
         began = time.perf_counter()
         done: Done = bench(

@@ -28,7 +28,7 @@ from .linear_probe import ONE_SHOT_C, search
 from .regression import Regression
 
 
-@method(card="few-shot-foundations", level="M")
+@method(card="few-shot-foundations", level="MR")
 class CrossModalProbe(Head):
     """Classify by logistic regression on images and words.
 

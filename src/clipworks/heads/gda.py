@@ -33,7 +33,7 @@ from .common import Choice, Head, Shots, check_vectors, fingerprint, named_words
 PRIORS = ("uniform", "shots")
 
 
-@method(card="gda", level="M")
+@method(card="gda", level="MR")
 class GDA(Head):
     """Classify by Gaussian discriminant analysis with one covariance.
 
