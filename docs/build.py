@@ -7,6 +7,7 @@ python docs/build.py --check   say what is out of date, exit code 1 if anything 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, also where this file is loaded by its path
 
 import examples
-import peers
+import figures
 import samples
 
 from clipworks.registry import AREAS, MethodInfo, methods
@@ -76,7 +77,7 @@ def alike(first: str, second: str) -> bool:
 
 WRITTEN = {  # pages that follow from files alone
     TABLE: lambda: methods_page(methods()),
-    peers.PAGE: lambda: peers.page(peers.PAGE.read_text(encoding="utf-8")),
+    **{page: functools.partial(figures.page, page) for page in figures.TABLES},
 }
 
 

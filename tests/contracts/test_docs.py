@@ -109,11 +109,21 @@ def test_every_guide_is_in_the_list_of_guides():
     assert guides - set(listed) == {"README.md"}
 
 
+def test_tables_of_figures_are_those_of_the_measurements(build):
+    for page in build.figures.TABLES:
+        assert page.read_text(encoding="utf-8") == build.WRITTEN[page](), "run: make docs"
+    (said,) = re.findall(r"^\| text \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) ", build.figures.SERVING.read_text(), re.M)
+    found = build.figures.results("server_speed")["text"]
+    assert [float(value) for value in said] == [
+        round(found["one by one"]["requests_per_s"], 2), round(found["together"]["requests_per_s"], 2),
+        found["throughput_ratio"],
+    ]  # fmt: skip
+
+
 def test_figures_beside_other_libraries_are_those_of_the_measurements(build):
-    text = build.peers.PAGE.read_text(encoding="utf-8")
-    assert text == build.WRITTEN[build.peers.PAGE](), "run: make docs"
+    text = build.figures.PEERS.read_text(encoding="utf-8")
     table = re.findall(r"^\| (.+?) \| ([\d.,]+) \S+ \| .+?: ([\d.,]+) \| \**([\d.]+)\** \| `(\w+)` \|$", text, re.M)
-    rows = build.peers.rows()
+    rows = build.figures.rows()
     assert len(table) == len(rows) > 25
     for (what, ours, theirs, ratio, file), row in zip(table, rows, strict=True):
         assert (what, file) == (row.what, row.file)

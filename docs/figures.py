@@ -1,4 +1,4 @@
-"""The table of measured figures in docs/peers.md, written from the JSON files of benchmarks/results."""
+"""Tables of measured figures in docs/peers.md and docs/serving.md, written from the JSON files of the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "peers.md"
-BEGIN, END = "<!-- measured: written by docs/peers.py -->", "<!-- end -->"
+PEERS, SERVING = ROOT / "docs" / "peers.md", ROOT / "docs" / "serving.md"
+BEGIN, END = "<!-- measured: written by docs/figures.py -->", "<!-- end -->"
 TITLES = ["| what | clipworks | the peer | times as good | from |", "|---|---:|---:|---:|---|"]
 
 
@@ -112,11 +112,36 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def page(text: str) -> str:
-    """Return the page with its table as the files have it now."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END, 1)[1]}"
+def served() -> str:
+    """Return the table of the server under many clients."""
+    lines = [
+        "| query | one by one, requests/s | together | ratio | ratio of processor time "
+        "| p99 ms, one by one | together | mean batch |",
+        "|---" * 8 + "|",
+    ]
+    for kind in ("text", "image"):
+        found = results("server_speed")[kind]
+        alone, together = found["one by one"], found["together"]
+        rates = (
+            alone["requests_per_s"],
+            together["requests_per_s"],
+            found["throughput_ratio"],
+            found["processor_ratio"],
+        )
+        cells = [*(f"{value:.2f}" for value in rates), *(f"{turn['p99_ms']:.0f}" for turn in (alone, together))]
+        lines.append(f"| {kind} | {' | '.join(cells)} | {together['mean_batch']:.1f} |")
+    return "\n".join(lines)
+
+
+TABLES = {PEERS: table, SERVING: served}
+
+
+def page(path: Path) -> str:
+    """Return a page with its table as the files have it now."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    return f"{before}{BEGIN}\n{TABLES[path]()}\n{END}{rest.split(END, 1)[1]}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in TABLES:
+        path.write_text(page(path), encoding="utf-8")
