@@ -13,7 +13,7 @@ import torch
 
 from ..data.decode import decode_pixels
 from ..errors import ClipworksError
-from .fgvp import Referral, fgvp
+from .fgvp import Referral, candidates, fgvp
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
@@ -58,14 +58,15 @@ def refer(
     if boxes is None and sam is None:
         raise ClipworksError("boxes or sam must be given: the expression chooses among regions. Got neither.")
     pixels = decode_pixels(image)
+    size = pixels.shape[:2]
     places = read_boxes(boxes) if isinstance(boxes, str | Path) else boxes
-    masks = None
+    places, masks = None if places is None else candidates(size, places, None)[0], None
     if sam is not None:
         from .prompts import Sam
         from .proposals import box_masks, point_masks
 
-        predict, size = Sam(sam)(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float()), pixels.shape[:2]
-        masks = point_masks(predict, size) if places is None else box_masks(predict, size, np.asarray(places, float))
+        predict = Sam(sam)(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float())
+        masks = point_masks(predict, size) if places is None else box_masks(predict, size, places.tolist())
         if not len(masks):
             raise ClipworksError(f"sam must find regions in the image. {sam!r} found none; give boxes.")
     found = fgvp(pixels, expression, resolve(encoder), boxes=places, masks=masks, prompts=prompts, bank=bank)
