@@ -1,8 +1,8 @@
 """The examples of the pages: found, run in the order of the page, and what commands print written down.
 
 An example is a fenced block of Python, or of commands. Those of a page share one folder and one set of names.
-A block that begins with the line `# not run: REASON` is left to the reader. Of commands, `clipworks` is run; of what
-installs or measures (`pip install`, `make`, `python FILE`) it is looked up whether extra, target or file are there.
+Of commands, `clipworks` is run; of what installs or measures (`pip install`, `make`, `python FILE`) it is looked up
+whether extra, target or file are there. What cannot be run in a test is listed in tests/docs/test_examples.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from clipworks.cli.main import main as clipworks
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-NOT_RUN = re.compile(r"\A# not run: (.+)\n")
 LOOKED_UP = ("pip", "make", "python")
 SETTING = re.compile(r"[A-Z_]+=\S* ")  # an environment variable before a command
 ADDRESS = "127.0.0.1:8000"
@@ -60,18 +59,12 @@ class Example:
         words = [SETTING.sub("", line).split()[0] for line in commands(self.text) if line.split()]
         return "commands" if not self.language and words and set(words) <= {"clipworks", "torchrun", *LOOKED_UP} else ""
 
-    @property
-    def not_run(self) -> str:
-        """The reason why it is left to the reader, if it is."""
-        found = NOT_RUN.match(self.text)
-        return found.group(1) if found else ""
-
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
 
 
 def examples(page: Path) -> list[Example]:
-    """Every example of a page, also those that are not run."""
+    """Every example of a page."""
     text = page.read_text(encoding="utf-8")
     name = page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
     blocks = (
@@ -95,7 +88,7 @@ def command(line: str) -> tuple[int, str]:
     if Path(words[0]).name in LOOKED_UP:
         return look_up(words), ""
     if words[0] != "clipworks":
-        raise Wrong(f"{words[0]!r} is not run here: begin the block with '# not run: REASON'")
+        raise Wrong(f"{words[0]!r} is not run here: {line}")
     lines = int(words[-1]) if words[-4:-1] == ["|", "head", "-n"] else None
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -150,8 +143,6 @@ class Player:
 
     def run(self, example: Example) -> str:
         """Run one example and return the block as it should read: with the outputs of its commands as they are now."""
-        if example.not_run:
-            return example.text
         if example.kind == "commands":
             return self._commands(example)
         if example.kind == "doctest":

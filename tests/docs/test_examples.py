@@ -141,14 +141,13 @@ def test_no_example_is_overlooked():
                 )
 
 
-def test_what_is_not_run_is_on_some_page_and_nothing_else_is_left_out():
+def test_what_is_not_run_is_on_some_page_and_its_reason_names_tests_that_are_there():
     found = [example for page in PAGES for example in examples.examples(page)]
     lines = [line for example in found if example.kind == "commands" for line in examples.commands(example.text)]
     for part in [*PARSED, *LEFT]:
         assert any(part in line for line in lines), f"no command has {part!r} any more"
     for part in COMPILED:
         assert any(part in example.text for example in found), f"no example has {part!r} any more"
-    assert [str(example) for example in found if example.not_run] == []
     named = re.findall(r"(?:docs|tests)/[\w/.]+", " ".join([*PARSED.values(), *COMPILED.values()]))
     assert [path for path in named if not (ROOT / path).is_file()] == []
 
