@@ -10,8 +10,9 @@ import typer
 from ..errors import BadImage, ClipworksError, check_choice
 from ._command import command
 from ._output import Csv, Json, emit, note
-from .classify import NAMES, TEMPLATES, _templates, lines, words
+from .classify import TEMPLATES, _templates, lines, words
 
+NAMES = "What may be seen: names separated by commas, or a text file (.txt) with one name per line."
 SOURCE = "An image, or images: folder, table, list, archive, video."
 OUT = "Folder for the masks, one file per image (made if it is missing)."
 FORMAT = "Form of the masks: png (a pixel's value is its index), npz (with scores), json (COCO run-length code)."

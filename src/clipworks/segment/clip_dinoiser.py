@@ -38,7 +38,7 @@ class CLIPDINOiser(MaskCLIP):
     heads : trained heads, see `segment.dinoiser_heads.learn`; None takes the affinity of a model instead
     affinity : without heads: "own", "hf:organisation/name", or a function, see `segment.affinity`
     threshold : g, cosines below it do not count; None is the release's 0.2 for trained heads and for another model's
-        features, and 0.5 for those of the tower's own stem, whose cosines are higher
+        features, and 0.5 for those of the tower's own stem, where many pairs that do not belong together are above 0.2
     residual : as for `MaskCLIP`
 
     Inputs

@@ -11,7 +11,7 @@ Paper: Lan et al. 2024, ProxyCLIP: Proxy Attention Improves CLIP for Open-Vocabu
 Differs from the paper: the mean of S is each window's own (the release takes the batch's, so results depend on it); a
 row without an entry falls back to uniform weights (the release gives NaN); any affinity will do, by default that of the
 tower's own convolutional stem, which needs no second model and a gain of 10 (chosen on photos that no benchmark judges:
-unlike DINO's, its cosines hardly part things at 3); what a memory recalls is averaged by the same weights.
+at 3 a cell's weights lie on much of the image); what a memory recalls is averaged by the same weights.
 """
 
 from __future__ import annotations
