@@ -12,7 +12,7 @@ from clipworks.encoders.toy import toy_encoder
 from clipworks.errors import ClipworksError
 from clipworks.metrics.segmentation import confusion, mean_iou
 from clipworks.segment.common import enter
-from clipworks.segment.fields import PRIMES, FeatureField, HashGrid
+from clipworks.segment.fields import PRIMES, FeatureField, HashGrid, Radiance
 from clipworks.segment.opennerf import feature_loss, opennerf, render, step_losses
 from clipworks.segment.rays import (
     Space,
@@ -343,6 +343,48 @@ def test_rendered_views_of_the_other_side_help():
         scores[novel] = (scene.label(at, np.eye(8)[:2]) == by_side(at)).mean()
     assert scores[4] > scores[0] + 0.1
     assert scores[4] > 0.85
+
+
+def test_density_and_colour_against_interpolation():
+    """Sums of what scipy interpolates between the corners, on axes in the order z, y, x."""
+    torch.manual_seed(0)
+    radiance, x = Radiance((3, 5)), torch.rand(40, 3)
+    thick, colour = radiance(x)
+    assert torch.allclose(thick, torch.full((40,), np.exp(-2.0), dtype=torch.float32))
+    assert torch.equal(colour, torch.full((40, 3), 0.5))
+    with torch.no_grad():
+        for grid in radiance.grids:
+            grid.normal_()
+    expected = 0
+    for grid in radiance.grids:
+        axes, corners = [np.linspace(0, 1, grid.shape[-1])] * 3, grid[0].detach().numpy()
+        expected = expected + RegularGridInterpolator(axes, corners.transpose(1, 2, 3, 0))(x.numpy()[:, ::-1])
+    thick, colour = (found.detach().numpy() for found in radiance(x))
+    np.testing.assert_allclose(np.log(thick), expected[:, 0] - 2, atol=1e-5)
+    np.testing.assert_allclose(colour, 1 / (1 + np.exp(-expected[:, 1:])), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_shape_is_learned_from_photos_alone():
+    """Nothing but posed photos: surfaces are where they were traced, all names are right, and rendered views help."""
+    images, vectors = pictures(by_side)
+    vectors[ring()[:, 1, 3].numpy() > -0.3] = np.nan
+
+    def extract(picture):
+        return np.eye(8)[((picture[..., None, :] / 255 - COLOURS) ** 2).sum(-1).argmin(-1)]
+
+    at, names = surface(), {}
+    for novel in (0, 4):
+        scene = opennerf(images, vectors, CAMERA, ring(), extractor=extract, novel=novel, turn=60, opaque=0.05,
+                         **{**SMALL, "rays": 256})  # fmt: skip
+        names[novel] = (scene.label(at, np.eye(8)[:2]) == by_side(at)).mean()
+    assert names[0] > 0.85
+    assert names[4] > max(0.97, names[0])
+    new = look_at(torch.tensor([1.7, -1.0, 0.4]), torch.zeros(3))  # none of the photos
+    truth, seen = traced(new, by_side), scene.render(CAMERA, new, SIDE, SIDE)
+    assert float(((seen.colour - torch.tensor(COLOURS[truth], dtype=torch.float32)) ** 2).mean()) < 10**-2.2  # 22 dB
+    assert float(seen.opacity[torch.from_numpy(truth < 2)].mean()) > 0.85
+    assert float(seen.opacity[torch.from_numpy(truth == 2)].mean()) < 0.15
 
 
 def test_the_extractor_is_a_dense_method():

@@ -12,9 +12,10 @@ label of a point = argmax_k cos(f(x), t_k).
 Paper: Engelmann et al. 2024, OpenNeRF: Open Set 3D Neural Scene Segmentation with Pixel-Wise Features and Rendered
 Novel Views (ICLR).
 Differs from the paper: any dense method of `segment` gives the features (the paper's extractor, OpenSeg, was trained on
-masks); colours are the same from all sides; samples along a ray are spread evenly in the place of proposal networks;
-grids are smaller by default, for a processor; geometry that is known may be handed in. Which views are rendered is not
-confirmed: here points that few views saw, or saw differently, are looked at from cameras turned around them.
+masks); colours are the same from all sides; density and colour lie on plain grids without a network; samples along a
+ray are spread evenly in the place of proposal networks; grids are smaller by default, for a processor; geometry that is
+known may be handed in. Which views are rendered is not confirmed: here points that few views saw, or saw differently,
+are looked at from cameras turned around them.
 Defaults: heaviest samples, sum over channels, RAdam from 1e-2 to 1e-3 from the release.
 """
 
@@ -40,6 +41,7 @@ from .views import Views, select_views
 Geometry = Callable[[torch.Tensor], "tuple[torch.Tensor, torch.Tensor]"]
 Extractor = Callable[[np.ndarray], Any]  # from a picture uint8 (H, W, 3) to features (h, w, dim)
 SPREAD = 1e-2  # factor of the distortion loss
+GEOMETRY_LR = 0.1  # of density and colour, whose few gradients are small
 CHUNK = 4096  # rays, or points, at a time
 
 
@@ -154,7 +156,7 @@ def opennerf(
     weight : of the feature loss
     steps : of the optimiser
     rays : per step
-    lr : at the start; it falls to a tenth
+    lr : of the features at the start; it falls to a tenth, as that of density and colour does
     seed : of the start, the rays and the samples
     progress : show a bar
 
@@ -201,19 +203,21 @@ def opennerf(
     where = space or Space()
     known = geometry or (lambda points: radiance(where.unit(points)))  # type: ignore[misc]
     scene = Scene(known, learned, where, views)
-    optimisers = [torch.optim.RAdam(part.parameters(), lr) for part in (radiance, learned) if part is not None]
+    optimisers: list[tuple[float, torch.optim.Optimizer]] = [(lr, torch.optim.RAdam(learned.parameters(), lr))]
+    if radiance is not None:
+        optimisers.append((GEOMETRY_LR, torch.optim.Adam(radiance.parameters(), GEOMETRY_LR, eps=1e-15)))
     generator = torch.Generator().manual_seed(seed)
     history: list[torch.Tensor] = []
     for step in Progress(range(steps), steps, "learning a scene", enabled=None if progress else False):
         if novel and step == (steps + 1) // 2:
             scene.views = _with_novel(scene, extractor, novel, turn, opaque, seed)  # type: ignore[arg-type]
-        for optimiser in optimisers:
-            optimiser.param_groups[0]["lr"] = lr * 0.1 ** (step / steps)
+        for rate, optimiser in optimisers:
+            optimiser.param_groups[0]["lr"] = rate * 0.1 ** (step / steps)
             optimiser.zero_grad()
         losses = step_losses(scene, rays, generator)
         total = losses["features"] * weight + losses["colour"] + SPREAD * losses["spread"]
         total.backward()
-        for optimiser in optimisers:
+        for _, optimiser in optimisers:
             optimiser.step()
         history.append(torch.stack([losses["colour"], losses["features"]]).detach())
     colour, told = torch.stack(history[-max(1, steps // 10) :]).mean(0).tolist()
