@@ -207,8 +207,8 @@ def count_scans(data: bytes) -> int:
 
     A few bytes of a progressive JPEG can ask for one more pass over all pixels, thousands of times.
     """
-    if data.count(b"\xff\xda") <= MAX_SCANS:
-        return data.count(b"\xff\xda")
+    if (most := data.count(b"\xff\xda")) <= MAX_SCANS:
+        return most
     scans, place = 0, 2
     while found := _MARKER.search(data, place):  # the same bytes in metadata, or behind the image, are no scan
         marker, place = found[0][1], found.end()
