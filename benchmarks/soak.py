@@ -1,10 +1,12 @@
-"""A server under minutes of mixed requests: slope of its memory, open descriptors, errors, latency.
+"""A server under minutes of mixed requests: memory, open descriptors, errors, latency, of every kind of request.
 
-Clients send words, images, names to choose from, pages of the collection, and requests that must be refused. Memory and
-descriptors are read from outside every second; the slope is the least-squares line through what follows the first
-third, in which caches fill.
+Rounds of requests from several clients: words, images of many sizes, pages of the collection, names to choose from, and
+requests that must be refused. Between two rounds nobody asks until the server has given its encoder back, and the next
+round makes it load again. Memory at rest shows what stays for good: the slope is the least-squares line through it,
+from the second half of the rounds, when caches are full. Where a request gets 5xx, the reason is counted. `--only
+image` sends one kind, to see which of them grows.
 
-    python benchmarks/soak.py --minutes 4
+    python benchmarks/soak.py --minutes 10
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import base64
 import io
 import json
+import re
 import tempfile
 import threading
 import time
@@ -29,92 +32,141 @@ from server_speed import SEED, WORDS, Server, ask, made
 BAD = [("/search", {"text": ""}), ("/search", {"text": "x", "k": 10**9}), ("/search", {"image": "aGVsbG8="}),
        ("/search", {"vector": [0.0] * 3}), ("/embed", {"texts": ["a"] * 1000}), ("/segment", {"names": ["a"]}),
        ("/classify", {"names": []}), ("/nothing", {})]  # fmt: skip
+KINDS = {"text": 0.5, "image": 0.1, "page": 0.15, "classify": 0.05, "bad": 0.2}
+ROUND, IDLE = 45.0, 2.0  # seconds of requests; seconds of rest after which the encoder is given back
 
 
 def jpeg(draw: np.random.Generator) -> str:
-    out = io.BytesIO()
-    Image.fromarray(draw.integers(0, 255, (8, 8, 3), np.uint8)).resize((320, 240), 3).save(out, "JPEG")
+    """A picture of any shape."""
+    out, size = io.BytesIO(), draw.integers(64, 640, 2).tolist()
+    Image.fromarray(draw.integers(0, 255, (8, 8, 3), np.uint8)).resize(size, 3).save(out, "JPEG")
     return base64.b64encode(out.getvalue()).decode()
 
 
-def request(draw: np.random.Generator) -> tuple[str, dict[str, Any], bool]:
-    """One request, and whether it must be answered."""
-    words = " ".join(draw.choice(WORDS, 4)) + f" {draw.integers(10**6)}"
-    kind = draw.choice(["text", "image", "page", "classify", "bad"], p=[0.5, 0.1, 0.15, 0.05, 0.2])
+def request(draw: np.random.Generator, kind: str) -> tuple[str, dict[str, Any]]:
     if kind == "bad":
-        path, body = BAD[draw.integers(len(BAD))]
-        return path, body, False
+        return BAD[draw.integers(len(BAD))]
     if kind == "classify":
-        return "/classify", {"names": list(draw.choice(WORDS, 3, replace=False)), "images": [jpeg(draw)]}, True
-    body = {"text": {"text": words}, "image": {"image": jpeg(draw)}, "page": {"offset": int(draw.integers(500))}}[kind]
-    return "/search", {**body, "k": 20}, True
+        return "/classify", {"names": list(draw.choice(WORDS, 3, replace=False)), "images": [jpeg(draw)]}
+    if kind == "text":
+        return "/search", {"text": " ".join(draw.choice(WORDS, 4)) + f" {draw.integers(10**6)}", "k": 20}
+    if kind == "image":
+        return "/search", {"image": jpeg(draw), "k": 20}
+    return "/search", {"offset": int(draw.integers(500)), "k": 20}
 
 
 def state(server: Server) -> tuple[float, int]:
-    """Resident bytes and open descriptors of the process."""
+    """Resident mebibytes and open descriptors of the process."""
     place = Path(f"/proc/{server.process.pid}")
     pages = int((place / "statm").read_text().split()[1])
-    return pages * 4096.0, len(list((place / "fd").iterdir()))
+    return pages * 4096 / 2**20, len(list((place / "fd").iterdir()))
 
 
-def soak(collection: Path, seconds: float, clients: int) -> dict[str, Any]:
-    """Ask a server for so long, and return what was seen."""
-    server, lock, end = Server(collection, []), threading.Lock(), time.monotonic() + seconds
-    good, bad, latencies = Counter(), Counter(), []
+def metric(server: Server, name: str) -> float:
+    found = re.search(rf"^clipworks_{name} (\S+)", ask(server.connection(), "GET", "/metrics")[1].decode(), re.M)
+    return float(found[1]) if found else 0.0
 
-    def client(number: int) -> None:
-        draw, line = np.random.default_rng([SEED, number]), server.connection()
+
+class Seen:
+    """What clients were answered, by kind."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.statuses: dict[str, Counter[int]] = {kind: Counter() for kind in KINDS}
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        self.reasons: Counter[str] = Counter()
+
+    def client(self, server: Server, draw: np.random.Generator, kinds: dict[str, float], end: float) -> None:
+        """Send one request after the other."""
+        line = server.connection()
         while time.monotonic() < end:
-            path, body, answered = request(draw)
+            kind = str(draw.choice(list(kinds), p=list(kinds.values())))
+            path, body = request(draw, kind)
             start = time.perf_counter()
-            status, _ = ask(line, "POST", path, body)
-            with lock:
-                (good if answered else bad)[status] += 1
-                if answered:
-                    latencies.append(time.perf_counter() - start)
+            status, answer = ask(line, "POST", path, body)
+            with self.lock:
+                self.statuses[kind][status] += 1
+                self.seconds[kind].append(time.perf_counter() - start)
+                if status >= 500:
+                    self.reasons[json.loads(answer)["error"]] += 1
         line.close()
 
+    def as_rows(self) -> dict[str, Any]:
+        return {kind: {"statuses": {str(k): n for k, n in sorted(found.items())},
+                       **{f"p{q}_ms": round(1000 * float(np.percentile(self.seconds[kind], q)), 1) for q in (50, 99)}}
+                for kind, found in self.statuses.items() if found}  # fmt: skip
+
+
+def rest(server: Server, unloads: float) -> tuple[float, int]:
+    """State after the encoder was given back."""
+    until = time.monotonic() + 120
+    while metric(server, "model_unloads") <= unloads:
+        if time.monotonic() > until:
+            raise SystemExit("the encoder was not given back")
+        time.sleep(0.5)
+    time.sleep(1)
+    return state(server)
+
+
+def slope(minutes: list[float], mebibytes: list[float]) -> float:
+    """Mebibytes per minute in the second half."""
+    half = len(minutes) // 2
+    return round(float(np.polyfit(minutes[half:], mebibytes[half:], 1)[0]), 2)
+
+
+def soak(collection: Path, seconds: float, clients: int, kinds: dict[str, float]) -> dict[str, Any]:
+    """Ask a server for so long, and return what was seen."""
+    server, seen = Server(collection, ["--idle", str(IDLE / 60)]), Seen()
+    threading.Thread(target=lambda: list(server.process.stderr or ()), daemon=True).start()  # an unread pipe fills
+    begun, number = time.monotonic(), 0
+    busy: list[tuple[float, float, int]] = []
+    still: list[tuple[float, float, int]] = []
     try:
-        threads = [threading.Thread(target=client, args=(n,)) for n in range(clients)]
-        seen, begun = [], time.monotonic()
-        for thread in threads:
-            thread.start()
-        while time.monotonic() < end:
-            seen.append((time.monotonic() - begun, *state(server)))
-            time.sleep(1)
-        for thread in threads:
-            thread.join()
+        while time.monotonic() < begun + seconds:
+            unloads, end = metric(server, "model_unloads"), time.monotonic() + ROUND
+            draws = [np.random.default_rng([SEED, number, i]) for i in range(clients)]
+            threads = [threading.Thread(target=seen.client, args=(server, draw, kinds, end)) for draw in draws]
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                busy.append(((time.monotonic() - begun) / 60, *state(server)))
+                time.sleep(1)
+            still.append(((time.monotonic() - begun) / 60, *rest(server, unloads)))
+            number += 1
+            print(f"{still[-1][0]:5.1f} min: {still[-1][1]:6.1f} MiB at rest, {still[-1][2]} descriptors", flush=True)
         alive = ask(server.connection(), "GET", "/healthz")[0] == 200
-        after = state(server)
+        loads, timeouts = metric(server, "model_loads"), metric(server, "timeouts_total")
     finally:
         server.process.terminate()
         code = server.process.wait()
-    at, memory, files = np.array(seen).T
-    late = at > at[-1] / 3
-    slope = float(np.polyfit(at[late] / 60, memory[late] / 2**20, 1)[0])
+    good = sum((c for kind, c in seen.statuses.items() if kind != "bad"), Counter())
+    minutes, memory, files = (list(column) for column in zip(*still, strict=True))
+    at, busy_memory, busy_files = (list(column) for column in zip(*busy, strict=True))
     return {
-        "minutes": round(seconds / 60, 2), "clients": clients, "alive": alive, "exit_code": code,
-        "good": {str(k): v for k, v in sorted(good.items())}, "refused": {str(k): v for k, v in sorted(bad.items())},
-        "error_rate_of_good": round(1 - good[200] / max(1, sum(good.values())), 4),
-        "server_errors": sum(v for k, v in (good + bad).items() if k >= 500),
-        "p50_ms": round(1000 * float(np.percentile(latencies, 50)), 1),
-        "p99_ms": round(1000 * float(np.percentile(latencies, 99)), 1),
-        "memory_mib": {"start": round(memory[0] / 2**20), "third": round(float(memory[late][0]) / 2**20),
-                       "end": round(after[0] / 2**20), "slope_per_minute": round(slope, 2)},
-        "descriptors": {"start": int(files[0]), "most": int(files.max()), "end": after[1]},
+        "minutes": round(minutes[-1], 1), "clients": clients, "alive": alive, "exit_code": code,
+        "requests": seen.as_rows(), "good": good.total(), "good_answered": good[200],
+        "reasons_of_5xx": dict(seen.reasons), "timeouts": int(timeouts), "loads": int(loads), "unloads": len(still),
+        "memory_mib": {
+            "at_rest": [round(x, 1) for x in memory], "slope_per_minute_at_rest": slope(minutes, memory),
+            "busy_most": round(max(busy_memory), 1), "slope_per_minute_busy": slope(at, busy_memory),
+        },
+        "descriptors": {"at_rest": files, "most": max(busy_files)},
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rows", type=int, default=5_000)
+    parser.add_argument("--only", choices=list(KINDS), help="the only kind of request; nothing is recorded")
     options = parser.parse_args()
+    kinds = {options.only: 1.0} if options.only else KINDS
     with tempfile.TemporaryDirectory() as folder:
-        results = soak(made(Path(folder), options.rows), 60 * options.minutes, options.clients)
+        results = soak(made(Path(folder), options.rows), 60 * options.minutes, options.clients, kinds)
     print(json.dumps(results, indent=1))
-    print(record("soak", results, SEED))
+    if not options.only:
+        print(record("soak", results, SEED))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The engine: one pass for a batch, each request its own error, memory that fails and comes back, idle unload."""
 
+import platform
 import time
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from clipworks.errors import ClipworksError
 from clipworks.server.engine import Ask, Call, Engine, NoEncoder, OutOfMemory, lacks_memory
+from clipworks.server.metrics import resident
 from clipworks.server.shelf import Shelf
 from clipworks.store.identity import encoder_of
 
@@ -48,6 +50,16 @@ def test_a_batch_is_one_pass_and_equals_single_requests(engine):
         np.testing.assert_allclose(alone.scores, found.scores, atol=1e-6)
         assert len(found.rows) == ask.k
     assert engine.counting.passes == [5]  # recent ones are kept
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is free and can be asked")
+def test_free_memory_is_handed_to_the_system_at_rest(engine):
+    """What lies below a block that is still in use stays with the process otherwise."""
+    (last,) = engine.work([Call(lambda _: [bytearray(b"x" * 2**16) for _ in range(2000)][-1])])
+    before = resident()
+    engine.tidy()
+    assert before - resident() > 80e6
+    assert len(last) == 2**16
 
 
 def test_one_bad_request_spoils_no_other(engine):

@@ -7,6 +7,8 @@ are tried one by one; one that fails alone is refused, and the next one finds th
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import logging
 import re
@@ -102,6 +104,7 @@ class Engine:
         self._load = load
         self._model: Any = None
         self._used = time.monotonic()
+        self._busy = False  # since memory was last given back
         self._texts: OrderedDict[str, np.ndarray] = OrderedDict()
         self.cache: OrderedDict[Any, Any] = OrderedDict()  # of the calls: class words, fitted detectors
         self.state = "unloaded"
@@ -129,9 +132,12 @@ class Engine:
         return self._model
 
     def tidy(self) -> None:
-        """Give the encoder back if nobody has asked for `idle` seconds."""
+        """Give back what is free; and the encoder, if nobody has asked for `idle` seconds."""
         if self._model is not None and self.idle is not None and time.monotonic() - self._used > self.idle:
             self.unload()
+        elif self._busy:
+            release()
+            self._busy = False
 
     def unload(self) -> None:
         """Give the encoder back, with all that was computed by it."""
@@ -140,7 +146,9 @@ class Engine:
         self.cache.clear()
         self.state = "unloaded"
         self.unloads += 1
+        self._busy = False
         gc.collect()
+        release()
 
     def remember(self, key: Any, make: Callable[[], Any], most: int = 32) -> Any:
         """What `make` returned for this key before, or now."""
@@ -156,6 +164,7 @@ class Engine:
     def work(self, requests: list[Any]) -> list[Any]:
         """Answers to requests (`Ask` and `Call`), in their order; what went wrong with one is its answer."""
         answers: list[Any] = [None] * len(requests)
+        self._busy = True
         asks = [i for i, request in enumerate(requests) if isinstance(request, Ask)]
         for i, answer in zip(asks, self._safely(self._answer, [requests[i] for i in asks]), strict=True):
             answers[i] = answer
@@ -248,6 +257,12 @@ def unit(vector: np.ndarray) -> np.ndarray:
     if not np.isfinite(length) or not length > 1e-12:
         raise ClipworksError("the query is a vector of length zero: its parts cancel.")
     return vector / length
+
+
+def release() -> None:
+    """Hand memory that is free to the system, where it is glibc that keeps it: by itself it keeps most of it."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def lacks_memory(error: BaseException) -> bool:
