@@ -61,6 +61,7 @@ class Collection:
         self.vectors: np.ndarray = self._snapshot.vectors
         self.meta: dict[str, Any] = self._snapshot.meta
         self.norm: float = self._snapshot.norm
+        self._compared = False
 
     @classmethod
     def open(cls, path: str | os.PathLike | Collection) -> Collection:
@@ -241,6 +242,7 @@ class Collection:
             for name in condition:
                 check_choice("where", name, self.columns)
             condition = " AND ".join(_equals(name, value) for name, value in condition.items()) or "TRUE"
+        self._check_table()
         table = open_table(self.path)
         with translated(self.path):
             table.checkout((1 << 64) - 1 - int(Path(self.version).stem))
@@ -250,7 +252,19 @@ class Collection:
             names = ", ".join(self.columns)
             reason = f"Got {condition!r}: {str(error).splitlines()[0][:200]}"
             raise ClipworksError(f"where must be a condition on the columns {names}. {reason}") from error
+        if strange := [key for key in found if key not in self.rows_by_key]:
+            raise damaged(self.path, {TABLE: f"has a row {strange[0]!r} that was never written"})
         return np.sort(np.array([self.rows_by_key[key] for key in found], dtype=np.int64))
+
+    def _check_table(self) -> None:
+        """Compare the table with its checksums, once, before a condition is looked up in it."""
+        if not self._compared:
+            journal = Journal.read(self.path)
+            names = journal.behind(self.version)
+            size = sum(journal.files[name][0] for name in names)
+            if size <= snapshot.READ and (found := journal.changed(names)):
+                raise damaged(self.path, found)
+            self._compared = True
 
     def tensor(self) -> torch.Tensor:
         """All vectors as float32 in memory."""

@@ -76,7 +76,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     Raises
     ------
     OSError, ValueError
-        If something is missing, or the record does not match its own checksum, in the line below it.
+        If something is missing, the record does not match its own checksum, in the line below it, or has another form.
     """
     facts = _facts(folder)
     for name, (size, _) in facts["files"].items():
@@ -90,7 +90,7 @@ def damage(folder: Path) -> dict[str, str]:
     """Files of a folder that do not match their checksums, with the reason; the folder itself if it tells nothing."""
     try:
         files = _facts(folder)["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {folder.name: f"cannot be read ({error})"}
     found: dict[str, str] = {}
     for name, (size, digest) in files.items():
@@ -106,7 +106,20 @@ def _facts(folder: Path) -> dict[str, Any]:
     text, _, digest = (folder / FACTS).read_text(encoding="utf-8").partition("\n")
     if digest.strip() != _digest(text):
         raise ValueError("its record does not match its own checksum")
-    return json.loads(text)
+    facts = json.loads(text)
+    files = facts.get("files") if isinstance(facts, dict) else None
+    if not isinstance(files, dict) or not all(_plain(name) and _told(told) for name, told in files.items()):
+        raise ValueError("its record has another form")
+    return facts
+
+
+def _plain(name: str) -> bool:
+    """Whether a name stays inside its folder."""
+    return bool(name) and not name.startswith("/") and ".." not in Path(name).parts and "\0" not in name
+
+
+def _told(told: Any) -> bool:
+    return isinstance(told, list) and len(told) == 2 and type(told[0]) is int and isinstance(told[1], str)
 
 
 def _digest(text: str) -> str:

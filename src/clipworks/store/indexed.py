@@ -59,8 +59,10 @@ class Index:
         self.folder, self.vectors, self.norm = folder, opened.vectors, opened.norm
         with translated(folder):
             self.facts = derived.read_facts(folder)
-            if self.facts.get("format") != FORMAT or self.facts["dim"] != opened.dim:
+            if self.facts.get("format") != FORMAT or self.facts.get("dim") != opened.dim:
                 raise CollectionError(f"is of another format, or of vectors of length {self.facts.get('dim')}")
+            if not _sound(self.facts):
+                raise CollectionError("is damaged (its record has another form)")
             self.cover: Cover = cover(folder, self.facts["version"], opened)
             if self.cover.strange > STALE * len(opened):
                 share = self.cover.strange / max(1, len(opened))
@@ -144,9 +146,10 @@ def indexes(path: Path) -> dict[str, dict[str, Any]]:
         folder = newest(path, kind)
         if folder is not None:
             try:
-                found[kind] = derived.read_facts(folder)
-            except (OSError, ValueError, KeyError, TypeError):
-                found[kind] = {}
+                facts = derived.read_facts(folder)
+            except (OSError, ValueError, RecursionError):
+                facts = {}
+            found[kind] = facts if _sound(facts) else {}
     return found
 
 
@@ -172,6 +175,15 @@ def kind_of(name: str) -> Any:
 
 # per open collection, by the name that was asked for; None for what could not be used
 OPEN: WeakKeyDictionary[Collection, dict[str, Index | None]] = WeakKeyDictionary()
+
+
+def _sound(facts: dict[str, Any]) -> bool:
+    """Whether a record has all that is needed to search, in the form in which it was written."""
+    words = facts.get("recall_words")
+    numbers = [facts.get("recall"), facts.get("ms"), 0.0 if words is None else words]
+    counts = [facts.get(name) for name in ("rows", "breadth", "candidates")]
+    named = facts.get("kind") in KINDS and isinstance(facts.get("version"), str)
+    return named and all(isinstance(n, int | float) for n in numbers) and all(type(n) is int and n > 0 for n in counts)
 
 
 def _good(facts: dict[str, Any]) -> bool:

@@ -6,18 +6,24 @@ before it could say so; the next writer checks its rows one by one and then adds
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import CollectionError
+
 NAME = "checksums.txt"
 TABLE = "items.lance"
 HINTS = ("latest_version_hint.json",)  # rewritten in place and never needed
+MANIFEST = re.compile(r"[0-9]{20}\.manifest")
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass
@@ -45,7 +51,13 @@ class Journal:
         path = folder / NAME
         if not path.exists():
             return journal
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CollectionError(
+                f"{str(path)!r} cannot be read ({error.strerror}). Make it readable, or remove it: "
+                f"`clipworks verify {folder} --repair` then checks every row and writes it anew."
+            ) from error
         for number, line in enumerate(data.splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
                 journal.torn = True
@@ -118,6 +130,20 @@ class Journal:
                 found[name] = f"has {actual} bytes instead of {size}"
         return found
 
+    def changed(self, names: Iterable[str]) -> dict[str, str]:
+        """Which of some files do not match their checksums, with the reason; reads all of them."""
+        found = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a writer may be removing old versions
+                if name in self.files and sha256(self.folder / name) != self.files[name][1]:
+                    found[name] = "does not match its checksum"
+        return found
+
+    def behind(self, version: str) -> list[str]:
+        """Recorded files that one version may be read from: all but the manifests and transactions of others."""
+        past = (f"{TABLE}/_versions/", f"{TABLE}/_transactions/")
+        return [name for name in self.files if name == past[0] + version or not name.startswith(past)]
+
     def unrecorded(self) -> list[str]:
         """Files of the table that no line tells of."""
         return sorted(set(table_files(self.folder)) - set(self.files))
@@ -141,7 +167,7 @@ def table_files(folder: Path) -> list[str]:
 def newest_manifest(folder: Path) -> str | None:
     """File name of the table's newest version, found without opening the table; None if there is no table."""
     try:
-        names = [n for n in os.listdir(folder / TABLE / "_versions") if n.endswith(".manifest")]
+        names = [n for n in os.listdir(folder / TABLE / "_versions") if MANIFEST.fullmatch(n)]
     except OSError:
         return None
     # names count down from 2^64 - 1, so the newest sorts first
@@ -195,6 +221,22 @@ def _parse(line: bytes) -> dict | None:
     try:
         if int(check, 16) != zlib.crc32(text):
             return None
-        return json.loads(text)
-    except ValueError:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
         return None
+    return entry if _sound(entry) else None
+
+
+def _sound(entry: object) -> bool:
+    """Whether an entry has the form of one that `Journal` wrote, and speaks of the table only."""
+    if not isinstance(entry, dict):
+        return False
+    if "cleaning" in entry:
+        return isinstance(entry["cleaning"], bool)
+    name = entry.get("file")
+    if not isinstance(name, str) or not name.startswith(f"{TABLE}/") or ".." in name.split("/") or "\0" in name:
+        return False
+    if "sha256" not in entry:
+        return entry.get("removed") is True
+    size, digest = entry.get("bytes"), entry["sha256"]
+    return type(size) is int and size >= 0 and isinstance(digest, str) and bool(DIGEST.fullmatch(digest))

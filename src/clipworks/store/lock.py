@@ -70,7 +70,7 @@ def owner(folder: Path) -> str | None:
             return f"process {who['pid']} on {who['host']} since {who['since']}"
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return "another process"
 

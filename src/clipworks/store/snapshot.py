@@ -2,6 +2,9 @@
 
 It is derived: made when it is first needed, replaced when the table has changed, made again when it is damaged. Rows
 are sorted by key, so that results do not depend on the order in which rows came. Reading it needs no LanceDB.
+
+The rows are compared with their checksum whenever they are opened, the vectors as long as this takes no noticeable
+time (`READ`); those of a larger collection are by `verify`.
 """
 
 from __future__ import annotations
@@ -18,10 +21,23 @@ import pyarrow as pa
 
 from ..errors import CollectionError
 from . import derived
-from .journal import TABLE, newest_manifest
-from .table import SNAPSHOT, bad_rows, damaged, open_table, read_meta, scan, translated, vectors_of
+from .journal import TABLE, Journal, newest_manifest, sha256
+from .table import (
+    DTYPES,
+    INTERNAL,
+    OWN,
+    SNAPSHOT,
+    bad_rows,
+    damaged,
+    open_table,
+    read_meta,
+    scan,
+    translated,
+    vectors_of,
+)
 
 ROWS, VECTORS = "rows.arrow", "vectors.npy"
+READ = 128 << 20  # bytes that are compared with their checksum at every opening, some 0.1 s
 
 
 @dataclass
@@ -58,15 +74,24 @@ def current(path: Path) -> Snapshot:
     raise CollectionError(f"collection {str(path)!r} changes too fast to be read; try again when the writer is done.")
 
 
-def read(folder: Path, version: str, path: Path) -> Snapshot | None:
-    """The snapshot in a folder, or None if it is not there or not whole."""
+def read(folder: Path, version: str, path: Path, compare: int = READ) -> Snapshot | None:
+    """The snapshot in a folder, or None if it is not there or not whole; vectors up to `compare` bytes are compared."""
     try:
         facts = derived.read_facts(folder)
+        for name in (ROWS, VECTORS):  # Arrow trusts what it maps: a wrong offset would end the process
+            size, digest = facts["files"][name]
+            if (name == ROWS or size <= compare) and sha256(folder / name) != digest:
+                return None
         table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
         vectors = np.load(folder / VECTORS, mmap_mode="r" if table.num_rows else None, allow_pickle=False)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        norm = float(facts["norm"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, pa.ArrowException):
         return None
-    return Snapshot(version, vectors, table, read_meta(table.schema, path), facts["norm"])
+    has = {*OWN, *INTERNAL} - {"vector"} <= set(table.column_names)
+    shaped = vectors.ndim == 2 and len(vectors) == table.num_rows and str(vectors.dtype) in DTYPES
+    if not (has and shaped and norm >= 0):
+        return None
+    return Snapshot(version, vectors, table, read_meta(table.schema, path), norm)
 
 
 def _make(path: Path, version: str) -> Snapshot | None:
@@ -121,12 +146,20 @@ def _write(path: Path, folder: Path, version: str) -> bool:
         del vectors
     else:
         np.save(folder / VECTORS, np.empty((0, dim), dtype))
+    _check_table(path, version)
     plain = rows.drop_columns(["_rowid"]) if parts else rows
     plain = plain.take(pa.array(order)).combine_chunks().replace_schema_metadata(schema.metadata)
     with pa.OSFile(str(folder / ROWS), "wb") as stream, pa.ipc.new_file(stream, plain.schema) as writer:
         writer.write_table(plain)
     derived.seal(folder, (ROWS, VECTORS), norm=norm)
     return True
+
+
+def _check_table(path: Path, version: str) -> None:
+    """Refuse a table whose files are not what was written; the rows' own checks do not cover a user's columns."""
+    journal = Journal.read(path)
+    if found := journal.changed(journal.behind(version)):
+        raise damaged(path, found)
 
 
 def _reserve(path: Path) -> None:

@@ -52,12 +52,21 @@ def read_meta(schema: pa.Schema, path: Path) -> dict[str, Any]:
     """The metadata of a collection, refused where another program or a newer format wrote it."""
     try:
         meta = json.loads((schema.metadata or {})[META])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CollectionError(f"{str(path)!r} holds a Lance table that clipworks did not write.") from error
+    if not isinstance(meta, dict):
+        raise damaged(path, {TABLE: "has metadata of another form"})
     if meta.get("format") != FORMAT:
         raise CollectionError(
             f"collection {str(path)!r} has format {meta.get('format')!r}; this version of clipworks reads {FORMAT}."
         )
+    encoder = meta.get("encoder")
+    vision = encoder.get("config", {}) if isinstance(encoder, dict) else None
+    vision = vision.get("vision", {}) if isinstance(vision, dict) else None
+    if not isinstance(encoder, dict) or not isinstance(vision, dict) or not all(
+        isinstance(encoder.get(name) or "", str) for name in ("fingerprint", "name", "source", "precision", "weights")
+    ):  # fmt: skip
+        raise damaged(path, {TABLE: "says of its encoder what cannot be read"})
     return meta
 
 

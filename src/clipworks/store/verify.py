@@ -196,7 +196,7 @@ def _fragment(table: Any, number: int) -> pa.Table:
 def _spare(place: Path) -> tuple[str, pa.Table | None]:
     """Version and rows of the newest copy for searching; rows that do not match their checks are left out."""
     for folder in sorted((place / snapshot.SNAPSHOT).glob("[0-9]*")):  # names count down: the newest first
-        found = snapshot.read(folder, folder.name + ".manifest", place)
+        found = snapshot.read(folder, folder.name + ".manifest", place, compare=0)  # every row has its own check
         if found is None:
             continue
         dim = found.vectors.shape[1]
