@@ -103,7 +103,8 @@ def test_only_json_is_read(client):
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "192.168.1.5", "[::ffff:8.8.8.8]",
                                   "a b", "user@localhost", "localhost:port", "",
-                                  "127.0.0.1.evil.example", "[::1"])  # fmt: skip
+                                  "127.0.0.1.evil.example", "[::1", "evil.example[::1]",
+                                  "[::1]evil.example"])  # fmt: skip
 def test_other_names_are_not_answered(client, host):
     answer = client.get("/collection", headers={"host": host})
     assert answer.status_code == 421

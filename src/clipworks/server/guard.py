@@ -12,6 +12,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ COOKIE = "clipworks"
 OPEN = ("/", "/style.css", "/app.js", "/healthz", "/readyz", "/login")  # need no token: they tell nothing
 ROUTES = ("search", "embed", "classify", "segment", "inspect", "compare", "map", "collection", "images", "healthz",
           "readyz", "metrics", "openapi.json", "docs", "login", "style.css", "app.js")  # fmt: skip
+HOST = re.compile(r"(\[[^\[\]]+\]|[^\[\]]+)(:[0-9]*)?")
 CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
 HEADERS = {
@@ -123,6 +125,8 @@ class Guard:
             raise Refused(401, "this needs the server's token.", {"www-authenticate": "Bearer"})
 
     def _known(self, host: str) -> bool:
+        if not HOST.fullmatch(host):  # urlsplit finds a number in "evil.example[::1]"
+            return False
         try:
             name = urlsplit("//" + host)
             given = (name.hostname or "").lower().rstrip(".")
