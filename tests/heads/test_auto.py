@@ -11,6 +11,7 @@ from clipworks.heads import auto
 from clipworks.heads.auto import Auto, ZeroShot, candidates, deviation, settings
 from clipworks.heads.common import Choice, Head, fold_numbers
 from clipworks.heads.gda import GDA
+from clipworks.heads.linear_probe import LinearProbe
 from clipworks.heads.nearest_mean import NearestMean
 from clipworks.heads.ridge import Ridge
 from clipworks.registry import get_method, methods
@@ -78,6 +79,9 @@ def test_with_one_shot_per_class_nothing_can_be_compared():
     head = Auto(text=words, methods=QUICK).fit(x, y)
     assert head.chosen_ == "zero_shot"
     assert "no class has two images" in head.why_
+    every = Auto(text=words).fit(x, y)
+    assert (every.chosen_, every.best_.alpha_) == ("linear_probe", LinearProbe(text=words).fit(x, y).alpha_)
+    assert "equal say" in every.why_
     without = Auto(methods=["nearest_mean", "ridge"]).fit(x, y)
     assert without.chosen_ == "nearest_mean"
     np.testing.assert_array_equal(without.predict(x), y)

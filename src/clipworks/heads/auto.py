@@ -36,6 +36,7 @@ from ..types import Features
 from .common import Choice, Head, Shots, check_vectors, named_words
 
 ZERO_SHOT = "zero_shot"
+UNMEASURED = "linear_probe"  # where nothing can be held out: with one shot, shots and words have equal say in it
 
 
 @dataclass
@@ -113,7 +114,8 @@ class Auto(Head):
 
     Relations
     ---------
-    Without shots, or where no class has two, it is zero-shot; then nothing can be measured.
+    Without shots it is zero-shot. Where no class has two nothing can be measured: it is the linear probe, in which the
+    one shot and the words have equal say; without words, or where `methods` leaves the probe out, the simplest head.
 
     References
     ----------
@@ -241,10 +243,11 @@ class Auto(Head):
             usable = [t for t in tried if not t.note]
             if not usable:
                 raise ClipworksError(f"methods must hold a head that can be fitted. {tried[0].method}: {tried[0].note}")
-            self.why_ = f"no class has two images to hold one out, so nothing can be compared: {usable[0].method}, " \
-                        "the simplest."  # fmt: skip
+            mixed = [t for t in usable if t.method == UNMEASURED and self.text is not None]
+            chosen, reason = (mixed[0], "which gives shots and words equal say") if mixed else (usable[0], "the simplest")
+            self.why_ = f"no class has two images to hold one out, so nothing can be compared: {chosen.method}, {reason}."
             self.leaderboard_ = tried
-            return usable[0]
+            return chosen
         best = max(measured, key=lambda t: (t.accuracy, -t.effort))  # among equals the first, by effort and name
         for t in measured:
             lead = best.right.astype(float) - t.right  # type: ignore[union-attr, operator]
