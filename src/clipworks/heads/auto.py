@@ -244,8 +244,10 @@ class Auto(Head):
             if not usable:
                 raise ClipworksError(f"methods must hold a head that can be fitted. {tried[0].method}: {tried[0].note}")
             mixed = [t for t in usable if t.method == UNMEASURED and self.text is not None]
-            chosen, reason = (mixed[0], "which gives shots and words equal say") if mixed else (usable[0], "the simplest")
-            self.why_ = f"no class has two images to hold one out, so nothing can be compared: {chosen.method}, {reason}."
+            chosen = (mixed or usable)[0]
+            reason = "which gives shots and words equal say" if mixed else "the simplest"
+            self.why_ = "no class has two images to hold one out, so nothing can be compared: " \
+                        f"{chosen.method}, {reason}."  # fmt: skip
             self.leaderboard_ = tried
             return chosen
         best = max(measured, key=lambda t: (t.accuracy, -t.effort))  # among equals the first, by effort and name
