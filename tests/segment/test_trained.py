@@ -1,6 +1,7 @@
 """The base of the trained dense methods, on a linear map of patches: fit, segment, predict, save, load, messages."""
 
 import numpy as np
+import plain_dense as plain
 import pytest
 import torch
 from PIL import Image
@@ -45,20 +46,11 @@ class Probe(TrainedDense):
         return scores.softmax(0)
 
 
-def photos(count=6, size=(24, 36), seed=0):
+def photos(count=6, seed=0):
     """Two colours with an edge somewhere, and their label maps; the first row of a map has no label."""
-    draw = np.random.default_rng(seed)
-    images, maps = [], []
-    for _ in range(count):
-        edge = int(draw.integers(8, size[1] - 8))
-        labels = np.zeros(size, np.uint8)
-        labels[:, edge:] = 1
-        pixels = draw.integers(0, 60, (*size, 3))
-        pixels[labels == 0, 0] += 190
-        pixels[labels == 1, 1] += 190
-        images.append(pixels.astype(np.uint8))
+    images, maps = plain.photos(count, seed=seed)
+    for labels in maps:
         labels[0] = 255
-        maps.append(labels)
     return images, maps
 
 

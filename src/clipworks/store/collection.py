@@ -242,7 +242,9 @@ class Collection:
             for name in condition:
                 check_choice("where", name, self.columns)
             condition = " AND ".join(_equals(name, value) for name, value in condition.items()) or "TRUE"
-        self._check_table()
+        if not self._compared:
+            snapshot.check_table(self.path, self.version, snapshot.READ)
+            self._compared = True
         table = open_table(self.path)
         with translated(self.path):
             table.checkout((1 << 64) - 1 - int(Path(self.version).stem))
@@ -255,16 +257,6 @@ class Collection:
         if strange := [key for key in found if key not in self.rows_by_key]:
             raise damaged(self.path, {TABLE: f"has a row {strange[0]!r} that was never written"})
         return np.sort(np.array([self.rows_by_key[key] for key in found], dtype=np.int64))
-
-    def _check_table(self) -> None:
-        """Compare the table with its checksums, once, before a condition is looked up in it."""
-        if not self._compared:
-            journal = Journal.read(self.path)
-            names = journal.behind(self.version)
-            size = sum(journal.files[name][0] for name in names)
-            if size <= snapshot.READ and (found := journal.changed(names)):
-                raise damaged(self.path, found)
-            self._compared = True
 
     def tensor(self) -> torch.Tensor:
         """All vectors as float32 in memory."""

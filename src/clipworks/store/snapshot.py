@@ -146,7 +146,7 @@ def _write(path: Path, folder: Path, version: str) -> bool:
         del vectors
     else:
         np.save(folder / VECTORS, np.empty((0, dim), dtype))
-    _check_table(path, version)
+    check_table(path, version)
     plain = rows.drop_columns(["_rowid"]) if parts else rows
     plain = plain.take(pa.array(order)).combine_chunks().replace_schema_metadata(schema.metadata)
     with pa.OSFile(str(folder / ROWS), "wb") as stream, pa.ipc.new_file(stream, plain.schema) as writer:
@@ -155,10 +155,16 @@ def _write(path: Path, folder: Path, version: str) -> bool:
     return True
 
 
-def _check_table(path: Path, version: str) -> None:
-    """Refuse a table whose files are not what was written; the rows' own checks do not cover a user's columns."""
+def check_table(path: Path, version: str, most: int | None = None) -> None:
+    """Refuse a table whose files are not what was written; the rows' own checks do not cover a user's columns.
+
+    Of more than `most` bytes none is read.
+    """
     journal = Journal.read(path)
-    if found := journal.changed(journal.behind(version)):
+    names = journal.behind(version)
+    if most is not None and sum(journal.files[name][0] for name in names) > most:
+        return
+    if found := journal.changed(names):
         raise damaged(path, found)
 
 
