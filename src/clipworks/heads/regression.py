@@ -109,7 +109,7 @@ class Regression:
         known, gradient = [(moved, bent + penalty * moved) for moved, bent in moves], slope + penalty * at
         rounds, gain = 0, np.inf
         while rounds < max_iter and abs(gradient).max() > gtol and gain > ftol * abs(value):
-            towards = -quasi_newton(gradient, known[-MEMORY:], curvature)
+            towards = -quasi_newton(gradient, known, curvature)
             change = self.rows @ towards
             fall, pull = float(np.vdot(gradient, towards)), penalty * towards
             flat, bend = float(np.vdot(pull, at)), float(np.vdot(pull, towards))
@@ -128,12 +128,13 @@ class Regression:
             before, moved, logits = slope, kind.type(step) * towards, there
             at, slope = at + moved, self._slope(chances, weight)
             bent, pull = slope - before, penalty * at
-            moves, known = [*moves, (moved, bent)], [*known, (moved, bent + penalty * moved)]
+            moves = [*moves[1 - MEMORY :], (moved, bent)]
+            known = [*known[1 - MEMORY :], (moved, bent + penalty * moved)]
             lower, gradient = loss + float(np.vdot(at, pull)) / 2, slope + pull
             gain, value, rounds = value - lower, lower, rounds + 1
             if abs(rise) > FLAT * abs(fall):
                 break
-        self.at, self.moves, self.value, self.seen = at, moves[-MEMORY:], value, (loss, slope, logits)
+        self.at, self.moves, self.value, self.seen = at, moves, value, (loss, slope, logits)
         return float(abs(gradient).max()), rounds
 
     def _slope(self, chances: np.ndarray, weight: np.ndarray) -> np.ndarray:
