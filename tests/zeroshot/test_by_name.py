@@ -131,6 +131,15 @@ def test_auto_brings_its_leaderboard():
     assert without.why == "there are no shots: the words alone decide."
 
 
+def test_a_class_without_shots_is_named_and_a_way_out_with_it():
+    shots = images(18, seed=1)
+    some = Features(shots.vectors[shots.labels != "cat"], labels=shots.labels[shots.labels != "cat"])
+    with pytest.raises(ClipworksError, match="every class in names for method 'ridge'. Got none of 'cat'; method 'auto'"):
+        decide(images(), NAMES, Words(), "ridge", shots=some)
+    found = decide(images(), NAMES, Words(), "auto", shots=some, budget=0)
+    assert "cat" in found.labels
+
+
 def test_the_nearest_shots_are_named():
     shots = Features(np.eye(3, dtype=np.float32), ["a.jpg", "b.jpg", "c.jpg"], np.array(["x", "y", "z"]))
     (said,) = nearest_shots(np.array([[0.6, 0.0, 0.8]]), shots)

@@ -129,6 +129,8 @@ class Auto(Head):
     ('zero_shot', [0, 0, 0, 1, 1])
     """
 
+    unseen = True  # some candidates take classes that have only words
+
     def __init__(
         self,
         text: Any = None,
@@ -154,7 +156,7 @@ class Auto(Head):
         if x is None:
             return self._without_shots()
         candidates = self._candidates()
-        shots = self._open(x, y, groups, validation, unseen=self.text is not None)
+        shots = self._open(x, y, groups, validation, self.unseen)
         splits = shots.splits(self.folds)
         tried = [self._try(*entry, shots, splits, end if number else None) for number, entry in enumerate(candidates)]
         winner = self._choose(tried)

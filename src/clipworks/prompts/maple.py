@@ -42,7 +42,7 @@ class MaPLe(PromptMethod):
     names : C class names in the order of the labels; default: the labels themselves, sorted
     encoder : encoder with a transformer for images, or its name or path; default: the bundled one
     tokens : n, learned tokens per layer
-    depth : J, layers that have their own; 0 learns nothing
+    depth : J, layers that have their own, at most those that both towers have; 0 learns nothing
     init : words before the name; the first n are learned, the others stay
     branches : "coupled" (MaPLe), "independent" (both towers, no map between them), "text" (that tower alone)
     epochs : passes over the images

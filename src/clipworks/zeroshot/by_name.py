@@ -157,10 +157,20 @@ class _Asked:
         if not labelled:
             return made.fit(x)
         if self.shots is not None:
+            if not getattr(kind, "unseen", True):
+                self._every_class_shown(method)
             return made.fit(self.shots, self.shots.labels)
         if given.default is given.empty:
             raise ClipworksError(f"method {method!r} learns from labelled images: give shots.")
         return made.fit()
+
+    def _every_class_shown(self, method: str) -> None:
+        """Raise where a method that needs an image of every class has none of some."""
+        shown = set(self.shots.labels.tolist())  # type: ignore[union-attr]
+        if missing := [name for name in self.names if name not in shown]:
+            listed = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise ClipworksError(f"shots must hold an image of every class in names for method {method!r}. Got none of "
+                                 f"{listed}; method 'auto' also takes classes that only their words tell.")  # fmt: skip
 
     def refuse(self, method: str, taken: set[str]) -> None:
         """Raise where something was given that the method has no use for."""
