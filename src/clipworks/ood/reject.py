@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator, clone, is_classifier
 from sklearn.utils.validation import check_is_fitted
 
 from ..errors import ClipworksError, check_choice, check_range
@@ -108,6 +108,9 @@ class Reject(BaseEstimator):
         for name in self.scores:
             check_choice("scores", name, SCORES)
         check_range("folds", self.folds, 2)
+        if not is_classifier(self.classifier):
+            kind = type(self.classifier).__name__
+            raise ClipworksError(f"classifier must be a classifier on scikit-learn's contract. Got {kind}.")
         y = x.labels if y is None and isinstance(x, Features) else y
         vectors, labels = check_vectors(self, x, y, fit=True)
         codes = np.unique(labels, return_inverse=True)[1]
