@@ -18,7 +18,7 @@ from ..registry import method
 from .common import Dense, Hidden
 
 
-@method(card="trident", level="M")
+@method(card="trident", level="MR")
 class SCLIP(Dense):
     """Correlative self-attention in the last block.
 
