@@ -30,6 +30,16 @@ def provider(affinity: str | Provider) -> str | Provider:
     raise ClipworksError(f"affinity must be 'own', 'hf:organisation/name' or a function. Got {affinity!r}.")
 
 
+def pretrained(kind: Any, name: str, wanted: str, **options: Any) -> Any:
+    """A model of transformers from safetensors only; `kind` is its class, `wanted` what it is for."""
+    try:
+        return kind.from_pretrained(name, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ClipworksError(f"{wanted} must be a name on the hub or a folder that transformers can load, with weights "
+                             f"in safetensors. Got {name!r}: {reason}") from error  # fmt: skip
+
+
 def features_of(affinity: str | Provider, hidden: Hidden) -> torch.Tensor:
     """Features (B, rows, columns, channels) on a grid that has a whole number of cells for each patch."""
     if not isinstance(affinity, str):
@@ -58,7 +68,7 @@ class VisionModel:
     def __init__(self, name: str):
         transformers = need("transformers", "teachers")
         self.name = name
-        self.model = transformers.AutoModel.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
+        self.model = pretrained(transformers.AutoModel, name, "a vision model").eval().requires_grad_(False)
         try:
             settings: Any = transformers.AutoImageProcessor.from_pretrained(name)
             self.mean, self.std = tuple(settings.image_mean), tuple(settings.image_std)

@@ -124,7 +124,7 @@ class FrozenSeg(TrainedDense):
     spatial : the second model: "own" (the tower's stem) or "hf:organisation/name", see `segment.affinity`
     seen, unseen : a and b, weight of CLIP's probabilities in the geometric mean, for classes that were trained and for
         others
-    proposals : name of a SAM for transformers whose own masks are mixed in; None mixes none
+    proposals : a SAM (`prompts.open_sam`) whose own masks are mixed in; None mixes none
     mix : weight of these for unseen classes
     queries : proposals of the decoder (paper: 250)
     width : channels of the decoder
@@ -245,11 +245,11 @@ class FrozenSeg(TrainedDense):
 
     def _masks(self, image: torch.Tensor) -> np.ndarray:
         """The second model's own masks of an image (3, H, W), bool (N, H, W), the largest first."""
-        from .prompts import Sam
+        from .prompts import open_sam
         from .proposals import point_masks
 
         if not hasattr(self, "_sam"):
-            self._sam = Sam(str(self.proposals).removeprefix("hf:"))
+            self._sam = open_sam(str(self.proposals))
         size = (image.shape[1], image.shape[2])
         found = point_masks(self._sam(255 * image.cpu()), size, quality=QUALITY, stable=STABLE)
         areas = found.sum((1, 2))

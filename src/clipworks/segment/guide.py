@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import ClipworksError, need
+from .affinity import pretrained
 
 Guide = Callable[[torch.Tensor], "tuple[torch.Tensor, torch.Tensor, tuple[int, int]]"]
 CAP = 0.9  # greatest threshold, so that a cell always keeps itself (release)
@@ -59,7 +60,7 @@ class SamGuide:
 
     def __init__(self, name: str):
         transformers = need("transformers", "teachers")
-        model = transformers.SamModel.from_pretrained(name, use_safetensors=True, attn_implementation="eager")
+        model = pretrained(transformers.SamModel, name, "guide", attn_implementation="eager")
         self.name, self.tower = name, model.vision_encoder.eval().requires_grad_(False)
         self.size, self.patch = self.tower.config.image_size, self.tower.config.patch_size
 

@@ -9,13 +9,16 @@ Segmentation (ICCV).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..errors import check_range, need
+from .affinity import pretrained
 
 # from a box (left, top, right, bottom), a point (x, y) and scores (H, W), any of which may be None, to the logits of a
 # mask (H, W) and their IoU
@@ -30,7 +33,7 @@ class Prompted:
 
     Parameters
     ----------
-    model : from an image (3, H, W) in [0, 255] to a function that answers prompts (see `Predict`), such as `Sam`
+    model : from an image (3, H, W) in [0, 255] to a function that answers prompts (`Predict`), such as `open_sam(name)`
     threshold : probability below which a pixel belongs to no region (release: 0.05 to 0.25 by data set)
     smallest : pixels of a region that is asked about (release: 225)
     sure : IoU, as the model predicts it, from which on its mask is taken (release: 0.8)
@@ -80,48 +83,96 @@ class Prompted:
         return torch.where(made.amax(0) > 0, made, scores)
 
 
-class Sam:
-    """A SAM through transformers; an image is encoded once for all its prompts.
+class Promptable(ABC):
+    """A SAM, whatever runs it; an image is encoded once for all its prompts.
+
+    Attributes
+    ----------
+    size : side of the square that it sees
+    coarse : side of the masks that it takes and gives
+    """
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    size: int
+    coarse: int
+
+    @abstractmethod
+    def encode(self, image: torch.Tensor) -> Any:
+        """Embeddings of an image (1, 3, height, width) in [0, 1], the longer side of which is `size`."""
+
+    @abstractmethod
+    def decode(
+        self, embeddings: Any, box: list[float] | None, point: list[float] | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, float]:
+        """Logits (coarse, coarse) and IoU at prompts in pixels of the square; `mask` is (1, 1, coarse, coarse)."""
+
+    def padded(self, image: torch.Tensor) -> torch.Tensor:
+        """The normalised square (1, 3, size, size) of what `encode` is given."""
+        mean, std = (image.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        height, width = image.shape[-2:]
+        return F.pad((image - mean) / std, (0, self.size - width, 0, self.size - height))
+
+    def __call__(self, image: torch.Tensor) -> Predict:
+        """Encode an image (3, H, W) in [0, 255]; the longer side is brought to SAM's size."""
+        height, width = image.shape[-2:]
+        factor = self.size / max(height, width)
+        tall, wide = max(1, round(height * factor)), max(1, round(width * factor))
+        resized = F.interpolate(image[None] / 255, (tall, wide), mode="bilinear", antialias=True)
+        embeddings = self.encode(resized.float())
+        kept = (max(1, round(tall * self.coarse / self.size)), max(1, round(wide * self.coarse / self.size)))
+
+        def predict(
+            box: tuple[int, int, int, int] | None, point: tuple[int, int] | None, scores: torch.Tensor | None
+        ) -> tuple[torch.Tensor, float]:
+            corners = None if box is None else [value * factor for value in box]
+            place = None if point is None else [value * factor for value in point]
+            mask = None
+            if scores is not None:
+                small = F.interpolate(scores[None, None].float(), kept, mode="bilinear")
+                mask = F.pad(small, (0, self.coarse - kept[1], 0, self.coarse - kept[0]))
+            logits, quality = self.decode(embeddings, corners, place, mask)
+            logits = logits[None, None, : kept[0], : kept[1]]
+            return F.interpolate(logits, (height, width), mode="bilinear")[0, 0], quality
+
+        return predict
+
+
+class Sam(Promptable):
+    """A SAM through transformers.
 
     Parameters
     ----------
     name : on the hub ("facebook/sam-vit-base") or a folder; weights are read from safetensors only
     """
 
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
     def __init__(self, name: str):
         transformers = need("transformers", "teachers")
         self.name = name
-        self.model: Any = transformers.SamModel.from_pretrained(name, use_safetensors=True).eval().requires_grad_(False)
+        self.model: Any = pretrained(transformers.SamModel, name, "a SAM").eval().requires_grad_(False)
         self.size = self.model.config.vision_config.image_size
         self.coarse = 4 * self.size // self.model.config.vision_config.patch_size
 
-    def __call__(self, image: torch.Tensor) -> Predict:
-        """Encode an image (3, H, W) in [0, 255]; the longer side is brought to SAM's size."""
-        height, width = image.shape[-2:]
-        factor = self.size / max(height, width)
-        tall, wide = round(height * factor), round(width * factor)
-        mean, std = (image.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
-        resized = F.interpolate(image[None] / 255, (tall, wide), mode="bilinear", antialias=True)
-        pixels = F.pad((resized - mean) / std, (0, self.size - wide, 0, self.size - tall))
-        embeddings = self.model.get_image_embeddings(pixels.float())
-        kept = (max(1, round(tall * self.coarse / self.size)), max(1, round(wide * self.coarse / self.size)))
+    def encode(self, image: torch.Tensor) -> Any:
+        """See `Promptable`."""
+        return self.model.get_image_embeddings(self.padded(image))
 
-        def predict(
-            box: tuple[int, int, int, int] | None, point: tuple[int, int] | None, scores: torch.Tensor | None
-        ) -> tuple[torch.Tensor, float]:
-            asked: dict[str, Any] = {}
-            if box is not None:
-                asked["input_boxes"] = torch.tensor([[[value * factor for value in box]]])
-            if point is not None:
-                asked["input_points"] = torch.tensor([[[[value * factor for value in point]]]])
-                asked["input_labels"] = torch.ones(1, 1, 1, dtype=torch.long)
-            if scores is not None:
-                small = F.interpolate(scores[None, None].float(), kept, mode="bilinear")
-                asked["input_masks"] = F.pad(small, (0, self.coarse - kept[1], 0, self.coarse - kept[0]))
-            answer = self.model(image_embeddings=embeddings, multimask_output=False, **asked)
-            logits = answer.pred_masks[0, 0][None, :, : kept[0], : kept[1]]
-            return F.interpolate(logits, (height, width), mode="bilinear")[0, 0], float(answer.iou_scores.max())
+    def decode(
+        self, embeddings: Any, box: list[float] | None, point: list[float] | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, float]:
+        """See `Promptable`."""
+        asked: dict[str, Any] = {} if mask is None else {"input_masks": mask}
+        if box is not None:
+            asked["input_boxes"] = torch.tensor([[box]])
+        if point is not None:
+            asked["input_points"] = torch.tensor([[[point]]])
+            asked["input_labels"] = torch.ones(1, 1, 1, dtype=torch.long)
+        answer = self.model(image_embeddings=embeddings, multimask_output=False, **asked)
+        return answer.pred_masks[0, 0, 0], float(answer.iou_scores.max())
 
-        return predict
+
+def open_sam(name: str | Path) -> Promptable:
+    """A SAM by its name: a folder that holds encoder.onnx and decoder.onnx runs in ONNX Runtime, all else in
+    transformers (a name on the hub, with or without "hf:", or a folder)."""
+    from .sam_onnx import OnnxSam, is_onnx
+
+    return OnnxSam(name) if is_onnx(name) else Sam(str(name).removeprefix("hf:"))

@@ -1,6 +1,6 @@
 """Masks without names: of a promptable model at given boxes or at a grid of points, cleaned, without doubles.
 
-The model is a `Predict` of `segment.prompts`, such as `Sam(name)(image)`.
+The model is a `Predict` of `segment.prompts`, such as `open_sam(name)(image)`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def refer(
     expression : what is looked for, by its looks ("the brown dog"); relations ("left of") are not read
     boxes : (N, 4), left, top, right, bottom in pixels, or a file of them: JSON (lists, or objects with "box", or with
         "bbox" as COCO has it: left, top, width, height) or CSV (four columns)
-    sam : a SAM for transformers, a name on the hub or a folder; it makes masks of the boxes, or finds regions itself
+    sam : a SAM: a name on the hub, a folder for transformers, or one of encoder.onnx and decoder.onnx; it makes masks
+        of the boxes, or finds regions itself
     prompts : drawings whose logits are added: crop, mask-blur, box-blur, circle-line ... (default: crop and blur)
     bank : sentences about other photos, whose mean is taken off: evens out regions that please any sentence
     encoder : a model's name, a path or an encoder (default: the bundled one)
@@ -62,10 +63,10 @@ def refer(
     places = read_boxes(boxes) if isinstance(boxes, str | Path) else boxes
     places, masks = None if places is None else candidates(size, places, None)[0], None
     if sam is not None:
-        from .prompts import Sam
+        from .prompts import open_sam
         from .proposals import box_masks, point_masks
 
-        predict = Sam(sam)(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float())
+        predict = open_sam(sam)(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float())
         masks = point_masks(predict, size) if places is None else box_masks(predict, size, places.tolist())
         if not len(masks):
             raise ClipworksError(f"sam must find regions in the image. {sam!r} found none; give boxes.")

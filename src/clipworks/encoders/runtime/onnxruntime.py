@@ -126,6 +126,21 @@ def _repeated(value: Any) -> bool:
     return not hasattr(value, "DESCRIPTOR")
 
 
+def open_graph(file: Path) -> Any:
+    """The checked (`check`) graph of a file, loaded: an `InferenceSession` on the CPU."""
+    runtime = need("onnxruntime", "export")
+    outside = check(file)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:  # from bytes where it can be: then there is no folder that a name could be looked up in
+        return runtime.InferenceSession(
+            str(file) if outside else file.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # the library's own kinds have no common base
+        raise BadWeights(f"{file}: ONNX Runtime cannot load it ({str(error).strip()[:160]}).") from error
+
+
 class Session:
     """A loaded graph; may be called from several threads.
 
@@ -136,18 +151,7 @@ class Session:
     """
 
     def __init__(self, path: Path, precision: str):
-        runtime = need("onnxruntime", "export")
-        file = path.with_suffix(".onnx")
-        outside = check(file)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        try:  # from bytes where it can be: then there is no folder that a name could be looked up in
-            self._session = runtime.InferenceSession(
-                str(file) if outside else file.read_bytes(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the library's own kinds have no common base
-            raise BadWeights(f"{file}: ONNX Runtime cannot load it ({str(error).strip()[:160]}).") from error
+        self._session = open_graph(path.with_suffix(".onnx"))
         self._name = self._session.get_inputs()[0].name
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
