@@ -49,5 +49,5 @@ def test_all_heads_but_the_one_that_orders_are_classifiers():
 
 def test_what_is_no_classifier_is_refused():
     x, y, _ = images(4, 0)
-    with pytest.raises(ClipworksError, match="classifier must be a classifier .* Got RankingAdapter"):
+    with pytest.raises(ClipworksError, match=r"classifier must be a classifier .* Got RankingAdapter"):
         Reject(made("ranking_adapter")).fit(x, y)

@@ -134,7 +134,7 @@ def test_auto_brings_its_leaderboard():
 def test_a_class_without_shots_is_named_and_a_way_out_with_it():
     shots = images(18, seed=1)
     some = Features(shots.vectors[shots.labels != "cat"], labels=shots.labels[shots.labels != "cat"])
-    with pytest.raises(ClipworksError, match="every class in names for method 'ridge'. Got none of 'cat'; method 'auto'"):
+    with pytest.raises(ClipworksError, match=r"method 'ridge'\. Got none of 'cat'; method 'auto'"):
         decide(images(), NAMES, Words(), "ridge", shots=some)
     found = decide(images(), NAMES, Words(), "auto", shots=some, budget=0)
     assert "cat" in found.labels

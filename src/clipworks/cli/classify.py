@@ -45,7 +45,7 @@ def classify(
 
     \b
     With names alone nothing is trained. With --shots, --method auto compares all methods on the shots and takes the
-    simplest that does as well as the best; `clipworks methods heads` and `zeroshot` list them.
+    best, or a probe with words that may be as good; `clipworks methods heads` and `zeroshot` list them.
 
     \b
     Examples:

@@ -1,20 +1,22 @@
-"""Auto: the head that does best on shots held out, or a simpler one that does as well; words alone if none beats them.
+"""Auto: the head that does best on shots held out, or a steadier one within its noise; words alone if none is better.
 
 Claim: which few-shot method is best depends on the data and on how many shots there are, and with one or two shots
 words alone are often better (linear probe with one shot 46 %, zero-shot 65 %, mean of 11 sets); cross-validation on the
 shots tells, without a look at the test images.
 
 Formula: acc_m = share of held-out shots that method m gets right, fitted on the other folds;  best = argmax acc;
-behind_m = mean_i (right_i(best) - right_i(m)) with standard error s_m over the held-out shots i;  chosen: of all m with
-behind_m <= s_m and acc_m >= acc of zero-shot, the one of least effort, among these the most accurate; zero-shot itself
-only if nothing is more accurate: it is measured as it will be, a head with a fold's shots less than it will have.
+behind_m = mean_i (right_i(best) - right_i(m)) with standard error s_m over the held-out shots i;  chosen: of the steady
+m with behind_m <= s_m and acc_m >= acc of zero-shot the most accurate, else the best; zero-shot only if nothing is more
+accurate: it is measured as it will be, a head with a fold's shots less than it will have.
 
 Papers: Stone 1974, Cross-Validatory Choice and Assessment of Statistical Predictions; the rule of one standard error:
 Breiman et al. 1984, Classification and Regression Trees.
 Differs from the papers: the rule is applied to methods, with the standard error of the difference on the same images,
-which is smaller than that of either accuracy. Effort is zero-shot, closed form, convex search, gradient steps. A head's
-own choices are made inside the outer training folds. Candidates are all registered heads that need no more than shots
-and words. Images are held out together with the others of their group.
+which is smaller than that of either accuracy, and prefers not the simplest but the steady: the probes that class words
+join, whose minimum is unique and which fall back on the words where shots are few. On sets apart from those that
+`auto` is judged on they lose less than the simplest and than the best of few shots. A head's own choices are made
+inside the outer training folds. Candidates are all registered heads that need no more than shots and words. Images are
+held out together with the others of their group.
 """
 
 from __future__ import annotations
@@ -61,12 +63,12 @@ class Tried:
     seconds: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     note: str = ""
-    effort: int = 0
+    steady: bool = False
     right: np.ndarray | None = field(default=None, repr=False)
 
     def as_row(self) -> dict[str, Any]:
         """The line without what only the choice needs, ready for JSON or a table."""
-        return {k: v for k, v in asdict(self).items() if k not in ("effort", "right")}
+        return {k: v for k, v in asdict(self).items() if k not in ("steady", "right")}
 
 
 class ZeroShot(Head):
@@ -213,7 +215,7 @@ class Auto(Head):
         self, name: str, kind: type[Head], shots: Shots, splits: Sequence[tuple[np.ndarray, ...]], end: float | None
     ) -> Tried:
         """Fit on every fold, or say why not; after `end` no fold is begun."""
-        found = Tried(name, effort=kind.effort)
+        found = Tried(name, steady=kind.steady)
         right: list[np.ndarray] = []
         seconds, taken = [], []
         for rows, x, y in splits:
@@ -252,15 +254,15 @@ class Auto(Head):
                         f"{chosen.method}, {reason}."  # fmt: skip
             self.leaderboard_ = tried
             return chosen
-        best = max(measured, key=lambda t: (t.accuracy, -t.effort))  # among equals the first, by effort and name
+        # of equals the first, which takes the least effort
+        best = max(measured, key=lambda t: t.accuracy)  # type: ignore[arg-type, return-value]
         for t in measured:
             lead = best.right.astype(float) - t.right  # type: ignore[union-attr, operator]
             t.behind, t.behind_error = float(lead.mean()), deviation(lead)
         floor = next((t.accuracy for t in measured if t.method == ZERO_SHOT), 0.0)
-        near = [t for t in measured if t.behind <= t.behind_error + 1e-12]  # type: ignore[operator]
-        near = [t for t in near if t.accuracy >= floor]  # type: ignore[operator]
-        able = [t for t in near if t is best or t.method != ZERO_SHOT]
-        chosen = min(able, key=lambda t: (t.effort, -t.accuracy))  # type: ignore[operator]
+        near = [t for t in measured if t.behind <= t.behind_error + 1e-12 and t.accuracy >= floor]  # type: ignore[operator]
+        steady = [t for t in near if t.steady and best.method != ZERO_SHOT]
+        chosen = max(steady or [best], key=lambda t: t.accuracy)  # type: ignore[arg-type, return-value]
         self.why_ = _reason(chosen, best, len(best.right))  # type: ignore[arg-type]
         self.leaderboard_ = sorted(tried, key=lambda t: (t.accuracy is None, -(t.accuracy or 0)))
         return chosen
@@ -307,9 +309,7 @@ def _reason(chosen: Tried, best: Tried, count: int) -> str:
     if chosen.method == ZERO_SHOT:
         return f"no head is more accurate {held} than the words alone ({chosen.accuracy:.3f})."
     if chosen is best:
-        return f"{chosen.method} is the most accurate {held} ({chosen.accuracy:.3f}), and nothing simpler is as good."
-    if chosen.accuracy == best.accuracy:
-        return f"{chosen.method} is the simplest of the most accurate {held} ({chosen.accuracy:.3f})."
-    return (f"{chosen.method} ({chosen.accuracy:.3f}) is the simplest within one standard error of the most accurate "
+        return f"{chosen.method} is the most accurate {held} ({chosen.accuracy:.3f})."
+    return (f"{chosen.method} ({chosen.accuracy:.3f}) is the steadier choice and cannot be told from the most accurate "
             f"{held}, {best.method} ({best.accuracy:.3f}): behind by {chosen.behind:.3f} with an error of "
             f"{chosen.behind_error:.3f}.")  # fmt: skip

@@ -84,6 +84,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     alphas: Sequence[float] = ALPHAS
     unseen: ClassVar[bool] = False  # whether there may be classes without shots, known by their words
     labelled: ClassVar[bool] = True  # whether it learns from the labels of images, and not from the words' answers
+    steady: ClassVar[bool] = False  # whether `auto` prefers it where held-out shots cannot tell it from the best
     effort: ClassVar[int] = 2  # to fit: 0 nothing, 1 closed form or nothing trained, 2 convex search, 3 gradient steps
 
     text: Any

@@ -66,7 +66,7 @@ class CrossModalProbe(Head):
     array([2])
     """
 
-    unseen = True
+    unseen, steady = True, True
 
     def __init__(
         self,

@@ -67,6 +67,8 @@ class LinearProbe(Head):
     array(['cat'], dtype='<U3')
     """
 
+    steady = True
+
     def __init__(
         self,
         text: Any = None,
