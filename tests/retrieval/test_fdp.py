@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from clipworks.encoders.toy import toy_encoder
 from clipworks.errors import ClipworksError
@@ -169,6 +169,28 @@ def test_drawn_words_are_where_their_mask_says():
         assert edges[mask[:, 1:]].mean() > 5 * edges[~mask[:, 1:]].mean()
     assert np.array_equal(np.asarray(draw_word("a", 64, 1).image), np.asarray(draw_word("a", 64, 1).image))
     assert draw_word("a", 64, 1).mask(2, 2).any()
+
+
+def test_words_are_drawn_on_photos_in_a_font_and_size(tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(90, 110, (60, 200, 3), np.uint8))
+    before = photo.tobytes()
+    drawn = [draw_word("hotel", 120, 3, ground=photo, height=height) for height in ((0.1, 0.1), (0.2, 0.2))]
+    assert photo.tobytes() == before
+    heights = []
+    for one in drawn:
+        assert one.image.size == (120, 120)
+        mask, pixels_ = one.mask(120, 120, shrink=1.0), np.asarray(one.image, int)
+        written = (np.abs(pixels_ - 100) > 40).all(2)  # the ground is within 10 of 100
+        assert written.sum() > 20
+        assert (written & ~mask).sum() < 0.1 * written.sum()
+        heights.append(np.linalg.norm(one.polygon[0] - one.polygon[3]))
+    assert heights[1] == pytest.approx(2 * heights[0], rel=0.15)
+    (tmp_path / "own.ttf").write_bytes(ImageFont.load_default(20).path.getvalue())  # Pillow's own, as a file
+    given, own = draw_word("hotel", 120, 3, font=tmp_path / "own.ttf"), draw_word("hotel", 120, 3)
+    np.testing.assert_allclose(given.polygon, own.polygon, atol=2)  # letters may stand a little closer
+    assert np.abs(np.asarray(given.image, int) - np.asarray(own.image, int)).mean() < 2
+    with pytest.raises(OSError, match="resource"):
+        draw_word("hotel", 120, 3, font=tmp_path / "none.ttf")
 
 
 def test_mistakes_are_named(reader):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..encoders.config import EncoderConfig, PreprocessConfig, TextConfig, VisionConfig
 from ..errors import check_range
 
+HEIGHT = (0.08, 0.2)
 SHRINK = 0.4  # of FDP: the mask is the word's polygon, moved inwards
 
 
@@ -54,8 +56,11 @@ class WordImage:
         return found
 
 
-def draw_word(word: str, size: int = 640, seed: int = 0, tilt: float = 15.0) -> WordImage:
-    """Write a word somewhere on a ground of soft colours.
+def draw_word(
+    word: str, size: int = 640, seed: int = 0, tilt: float = 15.0, ground: Image.Image | None = None,
+    font: str | PathLike[str] | None = None, height: tuple[float, float] = HEIGHT,
+) -> WordImage:  # fmt: skip
+    """Write a word somewhere on a photo, or on a ground of soft colours.
 
     Parameters
     ----------
@@ -63,11 +68,17 @@ def draw_word(word: str, size: int = 640, seed: int = 0, tilt: float = 15.0) -> 
     size : side of the image in pixels
     seed : of place, size, colours and ground
     tilt : largest angle in degrees
+    ground : what is written on, made square and of that size; it is not changed
+    font : file of a TrueType font (default: Pillow's own)
+    height : smallest and largest size of the font, as shares of the side
     """
     check_range("size", size, 16)
     rng = np.random.default_rng([seed, *word.encode()])
-    ground = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    letters: Any = ImageFont.load_default(size=max(8, int(size * rng.uniform(0.08, 0.2))))
+    soft = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+    ground = (soft if ground is None else ImageOps.fit(ground.convert("RGB"), (size, size))).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
+    letters = _font(font, max(8, int(size * rng.uniform(*height))))
     left, top, right, bottom = letters.getbbox(word)
     width, height = max(1, int(right - left)), max(1, int(bottom - top))
     shrink = min(1.0, 0.85 * size / width)
@@ -84,6 +95,10 @@ def draw_word(word: str, size: int = 640, seed: int = 0, tilt: float = 15.0) -> 
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     box = np.array([[-width, -height], [width, -height], [width, height], [-width, height]]) / 2
     return WordImage(ground, word, box @ rotation.T + corner + np.array(turned.size) / 2)
+
+
+def _font(file: str | PathLike[str] | None, size: int) -> Any:
+    return ImageFont.load_default(size=size) if file is None else ImageFont.truetype(file, size=size)
 
 
 def toy_reader(seed: int = 0) -> Any:
