@@ -88,7 +88,7 @@ def test_with_one_shot_per_class_nothing_can_be_compared():
     np.testing.assert_array_equal(without.predict(x), y)
 
 
-def test_a_steady_head_within_one_standard_error_of_the_best(compare):
+def test_a_steady_head_within_two_standard_errors_of_the_best(compare):
     """Against the rule in plain numpy, on heads that know given images."""
     heads = {"zero": told("zero", range(20), 0), "near": told("near", range(4, 38), 1, steady=True),
              "low": told("low", range(30), 1, steady=True), "top": told("top", range(2, 40), 2)}  # fmt: skip
@@ -103,19 +103,19 @@ def test_a_steady_head_within_one_standard_error_of_the_best(compare):
         assert line[name].error == pytest.approx(np.std(each, ddof=1) / 5**0.5)
         assert line[name].behind == pytest.approx(lead.mean())
         assert line[name].behind_error == pytest.approx(np.std(lead, ddof=1) / 40**0.5)
-    assert line["near"].behind > line["near"].behind_error  # 0.1 against 0.06
+    assert line["near"].behind > 2 * line["near"].behind_error  # 0.1 against 0.096
     assert (found.chosen_, found.why_) == ("top", "top is the most accurate on 40 shots held out (0.950).")
-    heads["near"] = told("near", [*range(2, 37), 38], 1, steady=True)  # now behind by 0.05 with an error of 0.035 ...
-    assert compare(heads).chosen_ == "top"
-    heads["near"] = told("near", [*range(36), 38], 1, steady=True)  # ... and by 0.025 with one of 0.057
+    heads["near"] = told("near", range(2, 37), 1, steady=True)  # now behind by 0.075 with an error of 0.042
     found = compare(heads)
     assert found.chosen_ == "near"
     assert "cannot be told from the most accurate on 40 shots held out, top (0.950)" in found.why_
-    heads["more"] = told("more", range(38), 1, steady=True)  # as steady, and better
+    heads["more"] = told("more", range(2, 38), 1, steady=True)  # as steady, and better
     assert compare(heads).chosen_ == "more"
     for kind in heads.values():
         kind.steady = False
-    assert compare(heads).chosen_ == "more"  # as accurate as the best, and of less effort
+    assert compare(heads).chosen_ == "top"
+    heads["even"] = told("even", range(38), 1)  # as accurate as the best, and of less effort
+    assert compare(heads).chosen_ == "even"
 
 
 def test_zero_shot_is_the_floor(compare):
@@ -124,7 +124,7 @@ def test_zero_shot_is_the_floor(compare):
              "top": told("top", range(36), 2)}  # fmt: skip
     found = compare(heads)
     line = {t.method: t for t in found.leaderboard_}
-    assert line["weird"].behind < line["weird"].behind_error
+    assert line["weird"].behind < 2 * line["weird"].behind_error
     assert line["weird"].accuracy < line["zero_shot"].accuracy
     assert found.chosen_ == "top"
     del heads["zero_shot"]
