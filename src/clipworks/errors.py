@@ -6,8 +6,9 @@ prints them in one line without a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -67,6 +68,23 @@ def check_range(argument: str, given: float, low: float | None = None, high: flo
         bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
         raise ClipworksError(f"{argument} must lie in {bounds}. Got {given!r}.")
     return given
+
+
+@contextlib.contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """Put an argument's name before the errors of what reads it; those of a single image already say which.
+
+    >>> with naming("shots"):
+    ...     raise ClipworksError("source not found: 'labeled'.")
+    Traceback (most recent call last):
+    clipworks.errors.ClipworksError: shots: source not found: 'labeled'.
+    """
+    try:
+        yield
+    except BadImage:
+        raise
+    except ClipworksError as error:
+        raise type(error)(f"{argument}: {error}") from error
 
 
 def need(module: str, extra: str) -> Any:

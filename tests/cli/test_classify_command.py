@@ -64,7 +64,7 @@ def right(rows):
     return [row["label"] == row["key"].split("-")[0] for row in rows]
 
 
-@pytest.mark.parametrize("method", ["ridge", "nearest-mean", "few_shot_inspection", "knn"])
+@pytest.mark.parametrize("method", ["ridge", "Nearest-Mean", "few_shot_inspection", "knn"])
 def test_a_head_by_its_name_learns_from_the_labelled_images(capsys, method):
     out, err = run(capsys, *NAMED, "--method", method, "--json")
     rows = json.loads(out)
@@ -86,7 +86,7 @@ def test_a_table_of_shots_without_names_gives_the_same(capsys):
 
 
 def test_auto_prints_its_leaderboard_its_reason_and_the_nearest_shots(capsys):
-    out = run(capsys, *NAMED, "--method", "auto", "--explain", "--budget", 1)[0]
+    out = run(capsys, *NAMED, "--method", "auto", "--explain", "--budget", 10)[0]
     board, rows = out.split("\n\n")
     assert board.split()[:4] == ["method", "accuracy", "error", "behind"]
     assert {"zero_shot", "ridge", "gda", "linear_probe"} <= {line.split()[0] for line in board.splitlines()[2:-1]}
@@ -98,7 +98,7 @@ def test_auto_prints_its_leaderboard_its_reason_and_the_nearest_shots(capsys):
 
 
 def test_auto_is_what_shots_without_a_method_mean(capsys):
-    out, _ = run(capsys, *NAMED, "--explain", "--budget", 1, "--json")
+    out, _ = run(capsys, *NAMED, "--explain", "--budget", 10, "--json")
     found = json.loads(out)
     assert found["method"].startswith("auto: ")
     line = {row["method"]: row for row in found["leaderboard"]}
@@ -109,7 +109,7 @@ def test_auto_is_what_shots_without_a_method_mean(capsys):
     assert all(right(found["images"]))
     assert [e["key"] for e in found["left_out"]] == ["broken.jpg"]
     assert [e["key"] for e in found["shots_left_out"]] == ["red/torn.jpg"]
-    counted = json.loads(run(capsys, *NAMED, "--budget", 1, "--counts", "--json")[0])
+    counted = json.loads(run(capsys, *NAMED, "--budget", 10, "--counts", "--json")[0])
     assert {row["label"]: row["images"] for row in counted} == dict.fromkeys(COLORS, 4)
 
 
@@ -159,11 +159,22 @@ def test_a_collection_is_sorted_like_its_folder(capsys):
         (["photos", "--names", "red,green,blu", "--shots", "labelled"], "Did you mean 'blu'"),
         (["photos", "--names", "red,green,blue,pink", "--shots", "labelled", "--method", "ridge"], "none of 'pink'"),
         (["photos", "--shots", "labelled/red"], "at least 2 labelled images that can be used. Got 0"),
-        (["photos", "--names", "red,green,blue", "--shots", "nowhere"], "source not found"),
+        (["photos", "--names", "red,green,blue", "--shots", "nowhere"], "shots: source not found"),
+        (["photos", "--shots", "labeled"], "shots: source not found: 'labeled'. Did you mean 'labelled'?"),
+        (["photos", "--shots", "photos"], "Got 0; left out: image 'broken.jpg': "),
+        (["photos", "--shots", "photos"], "Labels are the names of subfolders, or a table's column."),
+        (["photos", "--names", "nams.txt"], "names must be in a text file that can be read. Got 'nams.txt': No such"),
+        (["photos", "--names", "red,green", "--templates", "a photo"], "or a sentence with {} where the name goes"),
+        (["photos", "--names", "red,green", "--templates", "nams.txt"], "templates must be in a text file"),
         (["photos", "--names", "red,green,blue", "--method", "ridge"], "give shots"),
         (["photos", "--names", "red,green,blue", "--method", "ridgee"], "Did you mean 'ridge'"),
         (["photos", "--names", "red,green,blue", "--method", "fudd"], "give descriptions"),
         (["photos", "--names", "red,green,blue", "--budget", "3"], "budget must be left out"),
+        (["photos", "--shots", "labelled", "--budget", "-3"], "budget must lie in [0, inf]. Got -3.0"),
+        (["nowhere", "--names", "red,green", "--method", "ridge"], "give shots"),  # before any image is looked for
+        (["nowhere", "--names", "red,green", "--method", "fudd"], "give descriptions"),
+        (["nowhere", "--names", "red,green", "--method", "waffleclip", "--templates", "imagenet"], "Got 80"),
+        (["nowhere", "--shots", "labelled", "--names", "red,green,blue,pink", "--method", "gda"], "none of 'pink'"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, words, message):
@@ -175,7 +186,8 @@ def test_a_mistake_is_one_line(capsys, words, message):
 
 def test_one_class_and_one_sample_are_refused(capsys, tmp_path, folder):
     shutil.copytree(folder / "labelled" / "green", tmp_path / "one" / "green")
-    assert "at least 2 classes" in run(capsys, "photos", "--shots", tmp_path / "one", code=2)[1]
+    said = run(capsys, "photos", "--shots", tmp_path / "one", code=2)[1]
+    assert "shots must be of at least 2 classes where names are not given. Got 'green' alone" in said
     (tmp_path / "single" / "green").mkdir(parents=True)
     shutil.copy(folder / "labelled" / "green" / "0.png", tmp_path / "single" / "green")
     words = ["photos", "--names", "red,green", "--shots", tmp_path / "single"]

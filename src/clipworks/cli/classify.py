@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ClipworksError
+from ..errors import ClipworksError, closest
 from ._classified import show
 from ._command import command
 from ._output import Csv, Json, Sheet, check_sheet, note
@@ -86,12 +86,21 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def lines(path: str) -> list[str]:
+def class_names(given: str) -> list[str]:
+    """The names of "cat, dog", or of a text file's lines."""
+    return lines(given) if given.endswith(".txt") else words(given)
+
+
+def lines(path: str, argument: str = "names") -> list[str]:
     """The lines of a text file that hold something."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ClipworksError(f"a text file must be in UTF-8. Got {path!r}, which is not: {error}.") from error
+    except OSError as error:
+        beside = [p.name for p in Path(path).parent.glob("*.txt")]
+        raise ClipworksError(f"{argument} must be in a text file that can be read. Got {path!r}: {error.strerror}."
+                             + closest(Path(path).name, beside)) from None  # fmt: skip
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
@@ -99,7 +108,8 @@ def _templates(given: list[str]) -> list[str]:
     """Sentences of all options together; names of sets and text files stand for theirs."""
     from ..zeroshot.templates import resolve_templates
 
-    return [t for entry in given for t in (lines(entry) if entry.endswith(".txt") else resolve_templates(entry))]
+    found = (lines(e, "templates") if e.endswith(".txt") else resolve_templates(e) for e in given)
+    return [template for entry in found for template in entry]
 
 
 def _pictures(source: str, result: Any) -> Any:

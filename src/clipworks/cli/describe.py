@@ -10,7 +10,7 @@ import typer
 from ..errors import ClipworksError
 from ._command import command
 from ._output import note, say
-from .classify import lines, words
+from .classify import class_names
 
 NAMES = "Class names, separated by commas, or a text file (.txt) with one name per line."
 SOURCE = "Who is asked: a server that speaks OpenAI's protocol, a model on this machine, or WordNet's glosses."
@@ -56,7 +56,7 @@ def describe(
     given = options | {k: v for k, v in (("model", model), ("wordnet", wordnet), ("device", device)) if v is not None}
     if cache is not None or source == "endpoint":
         given["cache"] = cache or f"{out}.answers"
-    wanted = lines(names) if names.endswith(".txt") else words(names)
+    wanted = class_names(names)
     if Path(out).is_dir():
         raise ClipworksError(f"out must be a file. {out!r} is a folder.")
     if pairs and source == "wordnet":

@@ -8,7 +8,7 @@ import typer
 
 from ._command import command
 from ._output import Csv, Json, emit, note
-from .classify import NAMES, TEMPLATES, _templates, lines, words
+from .classify import NAMES, TEMPLATES, _templates, class_names
 
 SOURCE = "Images: folder, table, list, archive, video."
 KNOWN = "Other images of these classes, unlabelled; they set the threshold. Without them SOURCE counts as a mixed lot."
@@ -39,7 +39,7 @@ def ood(
 
     if templates:
         options["templates"] = _templates(templates)
-    found = find_unknown(source, lines(names) if names.endswith(".txt") else words(names), known, **options)
+    found = find_unknown(source, class_names(names), known, **options)
     aside = set(found.unknown)
     emit([r for r in found.as_rows() if r["key"] in aside or not unknown_only], as_json=json, as_csv=csv,
          empty="no unknown image")  # fmt: skip

@@ -10,7 +10,7 @@ import typer
 from ..errors import BadImage, ClipworksError, check_choice
 from ._command import command
 from ._output import Csv, Json, emit, note
-from .classify import TEMPLATES, _templates, lines, words
+from .classify import TEMPLATES, _templates, class_names
 
 NAMES = "What may be seen: names separated by commas, or a text file (.txt) with one name per line."
 SOURCE = "An image, or images: folder, table, list, archive, video."
@@ -48,7 +48,7 @@ def segment(
         raise ClipworksError("--overlay needs --out, the folder to write to.")
     if templates:
         options["templates"] = _templates(templates)
-    work = Segmenter(lines(names) if names.endswith(".txt") else words(names), **options)
+    work = Segmenter(class_names(names), **options)
     rows: list[dict[str, Any]] = []
     taken: set[Path] = set()
     bad = done = 0

@@ -11,7 +11,7 @@ from ..errors import ClipworksError
 from ._command import command
 from ._output import Json, emit, facts, note
 from ._signature import Parameter, parameters, united
-from .classify import lines, words
+from .classify import class_names, words
 
 AREAS = ("prompts", "tuning")
 METHOD = "Name of the method: `clipworks methods prompts` and `clipworks methods tuning` list them."
@@ -62,7 +62,7 @@ def tune(
     own = _own(method, options)
     for key, given in (("names", names), ("probe_names", probe_names)):
         if given:
-            own[key] = lines(given) if given.endswith(".txt") else words(given)
+            own[key] = class_names(given)
     found = work(data, method, out=out, **own)
     if json:
         return facts(found.as_dict(), as_json=True)

@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 from sklearn.base import RegressorMixin
 
-from ..errors import BadImage, ClipworksError, check_choice
+from ..errors import BadImage, ClipworksError, check_choice, check_range
 from ..registry import get_method, methods
 from ..types import Classification, Features
 from .classifier import class_vectors
 from .descriptions import PairDescriptions, contrasts, descriptions_of
 from .seen import CHUNK
 from .sentences import Scores, encode, softmax, unit
+from .templates import resolve_templates
 
 PLAIN = "zero_shot"
 NONE = "none of these"
+_EMPTY = inspect.Parameter.empty
 ASKED = {"descriptions": "descriptions", "pairs": "descriptions", "factors": "descriptions", "pool": "descriptions"}
 
 
@@ -62,6 +64,52 @@ def classifiers() -> dict[str, str]:
     return found | {m.name: "heads" for m in methods("heads")}
 
 
+def check_method(
+    method: str,
+    *,
+    shots: Any = None,
+    descriptions: Any = None,
+    templates: str | Sequence[str] = "default",
+    scale: float | None = None,
+    budget: float | None = None,
+) -> str:
+    """Return a method's name as it is registered, or raise where it cannot work with what it is given.
+
+    The arguments are those of `decide`; nothing is computed, so a mistake shows before any image is read.
+    """
+    name = check_choice("method", method.lower().replace("-", "_"), classifiers())
+    takes, needs = _asks(name)
+    given = {"shots": shots, "descriptions": descriptions, "scale": scale, "budget": budget,
+             "templates": None if templates == "default" else templates}  # fmt: skip
+    for argument, value in given.items():
+        if value is not None and argument not in takes:
+            raise ClipworksError(f"{argument} must be left out for method {name!r}, which has no use for it.")
+    if "shots" in needs and shots is None:
+        raise ClipworksError(f"method {name!r} learns from labelled images: give shots.")
+    if "descriptions" in needs and descriptions is None:
+        raise ClipworksError(f"method {name!r} asks what is told of the classes: give descriptions.")
+    if isinstance(descriptions, str | Path):
+        _json(descriptions)
+    for argument, number in (("scale", scale), ("budget", budget)):
+        if number is not None:
+            check_range(argument, number, 0)
+    chosen = resolve_templates(templates)
+    if "template" in takes and templates != "default" and len(chosen) != 1:
+        raise ClipworksError(f"templates must be one sentence for method {name!r}. Got {len(chosen)}.")
+    return name
+
+
+def check_shown(method: str, names: Sequence[str], shots: Features) -> None:
+    """Raise where a method that needs an image of every class has none of some."""
+    if method == PLAIN or getattr(_target(method), "unseen", True):
+        return
+    shown = set(shots.labels.tolist())  # type: ignore[union-attr]
+    if missing := [name for name in names if name not in shown]:
+        listed = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ClipworksError(f"shots must hold an image of every class in names for method {method!r}. Got none of "
+                             f"{listed}; method 'auto' also takes classes that only their words tell.")  # fmt: skip
+
+
 def decide(
     features: Features,
     names: Sequence[str],
@@ -91,8 +139,10 @@ def decide(
     """
     if len(names) < 2:
         raise ClipworksError(f"names must hold at least 2 classes to choose between. Got {list(names)!r}.")
-    known = classifiers()
-    method = check_choice("method", method.replace("-", "_"), known)
+    method = check_method(method, shots=shots, descriptions=descriptions, templates=templates, scale=scale,
+                          budget=budget)  # fmt: skip
+    if shots is not None:
+        check_shown(method, names, shots)
     words = class_vectors(names, encoder, templates=templates).numpy()
     x = unit(np.asarray(features.vectors, np.float32))
     if shots is not None:
@@ -105,16 +155,19 @@ def decide(
         return found
     result: Any = None
     if method == PLAIN:
-        asked.refuse(method, {"templates", "scale"})
         found.probabilities = softmax(scale_ * (x @ words.T))
     else:
-        target = get_method(f"{known[method]}/{method}")
+        target = _target(method)
         if inspect.isfunction(target):
-            result = asked.call(method, target, x)
+            result = target(x, names, encoder, **asked.arguments(_parameters(target)))
             p = result.probabilities
             found.probabilities = p(scale_) if callable(p) else p
         else:
-            result = asked.fit(method, target, x)
+            made = target(**asked.arguments(_parameters(target)))
+            if not _labelled(target):
+                result = made.fit(x)
+            else:
+                result = made.fit() if shots is None else made.fit(shots, shots.labels)
             found.names, found.probabilities = _probabilities(result, x, list(names), scale_)
     found.probabilities = np.asarray(found.probabilities, np.float32)
     if hasattr(result, "leaderboard_"):
@@ -139,56 +192,11 @@ class _Asked:
     scale_: float
     budget: float | None
 
-    def call(self, method: str, target: Callable, x: np.ndarray) -> Any:
-        """The result of a function from words."""
-        parameters = dict(list(inspect.signature(target).parameters.items())[3:])  # after features, names, encoder
-        self.refuse(method, set(parameters))
-        return target(x, self.names, self.encoder, **self._arguments(method, parameters))
-
-    def fit(self, method: str, kind: type, x: np.ndarray) -> Any:
-        """A fitted classifier: on the shots, or on the images themselves where it reads no labels."""
-        if issubclass(kind, RegressorMixin):
-            raise ClipworksError(f"method must be a classifier. Got {method!r}, which orders images by a number.")
-        parameters = dict(inspect.signature(kind).parameters)
-        _, given, answers, *_ = inspect.signature(kind.fit).parameters.values()  # type: ignore[attr-defined]
-        labelled = getattr(kind, "labelled", answers.default is answers.empty)
-        self.refuse(method, set(parameters) | ({"shots"} if labelled else set()))
-        made = kind(**self._arguments(method, parameters))
-        if not labelled:
-            return made.fit(x)
-        if self.shots is not None:
-            if not getattr(kind, "unseen", True):
-                self._every_class_shown(method)
-            return made.fit(self.shots, self.shots.labels)
-        if given.default is given.empty:
-            raise ClipworksError(f"method {method!r} learns from labelled images: give shots.")
-        return made.fit()
-
-    def _every_class_shown(self, method: str) -> None:
-        """Raise where a method that needs an image of every class has none of some."""
-        shown = set(self.shots.labels.tolist())  # type: ignore[union-attr]
-        if missing := [name for name in self.names if name not in shown]:
-            listed = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise ClipworksError(f"shots must hold an image of every class in names for method {method!r}. Got none of "
-                                 f"{listed}; method 'auto' also takes classes that only their words tell.")  # fmt: skip
-
-    def refuse(self, method: str, taken: set[str]) -> None:
-        """Raise where something was given that the method has no use for."""
-        uses = {ASKED.get(name, name) for name in taken}
-        if taken & {"text", "template"}:
-            uses.add("templates")
-        given = {"shots": self.shots, "descriptions": self.descriptions, "scale": self.scale, "budget": self.budget,
-                 "templates": None if self.templates == "default" else self.templates}  # fmt: skip
-        for name, value in given.items():
-            if value is not None and name not in uses:
-                raise ClipworksError(f"{name} must be left out for method {method!r}, which has no use for it.")
-
-    def _arguments(self, method: str, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    def arguments(self, parameters: Iterable[str]) -> dict[str, Any]:
+        """What a method's signature asks for."""
         found: dict[str, Any] = {}
-        for name, parameter in parameters.items():
+        for name in parameters:
             if name in ASKED:
-                if self.descriptions is None and parameter.default is parameter.empty:
-                    raise ClipworksError(f"method {method!r} asks what is told of the classes: give descriptions.")
                 if self.descriptions is not None:
                     found[name] = getattr(self, f"_{name}")()
             elif name == "text":
@@ -198,7 +206,7 @@ class _Asked:
             elif name == "assigned" and self.descriptions is not None:
                 found[name] = [[self.pooled.index(d) for d in own] for own in self.told]
             elif name == "template" and self.templates != "default":
-                found[name] = self._one_template(method)
+                (found[name],) = resolve_templates(self.templates)
             elif name == "templates" and self.templates != "default":
                 found[name] = self.templates
             elif name == "scale":
@@ -206,14 +214,6 @@ class _Asked:
             elif name == "budget" and self.budget is not None:
                 found[name] = self.budget
         return found
-
-    def _one_template(self, method: str) -> str:
-        from .templates import resolve_templates
-
-        chosen = resolve_templates(self.templates)
-        if len(chosen) != 1:
-            raise ClipworksError(f"templates must be one sentence for method {method!r}. Got {len(chosen)}.")
-        return chosen[0]
 
     @functools.cached_property
     def told(self) -> list[list[str]]:
@@ -238,6 +238,43 @@ class _Asked:
 
     def _factors(self) -> Any:
         return _json(self.descriptions) if isinstance(self.descriptions, str | Path) else self.descriptions
+
+
+def _target(method: str) -> Any:
+    return get_method(f"{classifiers()[method]}/{method}")
+
+
+def _parameters(target: Any) -> dict[str, inspect.Parameter]:
+    """What a method can be given: of a function what comes after features, names and encoder."""
+    return dict(list(inspect.signature(target).parameters.items())[3 if inspect.isfunction(target) else 0 :])
+
+
+def _labelled(kind: type) -> bool:
+    """Whether a class learns from labels; it says so itself, or its `fit` cannot do without them."""
+    return getattr(kind, "labelled", _fit(kind)[1].default is _EMPTY)
+
+
+def _fit(kind: Any) -> list[inspect.Parameter]:
+    """What `fit` takes: images, labels, and more by name."""
+    return list(inspect.signature(kind.fit).parameters.values())[1:]
+
+
+def _asks(method: str) -> tuple[set[str], set[str]]:
+    """Which arguments of `decide` a method can be given, and which it must be."""
+    if method == PLAIN:
+        return {"templates", "scale"}, set()
+    target = _target(method)
+    parameters = _parameters(target)
+    takes = {ASKED.get(name, name) for name in parameters}
+    needs = {ASKED[name] for name in ASKED.keys() & parameters.keys() if parameters[name].default is _EMPTY}
+    if takes & {"text", "template"}:
+        takes.add("templates")
+    if inspect.isclass(target) and issubclass(target, RegressorMixin):
+        raise ClipworksError(f"method must be a classifier. Got {method!r}, which orders images by a number.")
+    if inspect.isclass(target) and _labelled(target):
+        takes.add("shots")
+        needs |= {"shots"} if _fit(target)[0].default is _EMPTY else set()
+    return takes, needs
 
 
 def _json(path: str | Path) -> Any:

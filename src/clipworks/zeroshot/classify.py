@@ -133,15 +133,17 @@ def _by_method(
 ) -> Classification:
     """Any other method than names alone: the features of shots and images, then the method by its name."""
     from ..store.identity import encoder_of
-    from .by_name import decide
+    from .by_name import check_method, check_shown, decide
 
+    asked = {name: value for name, value in told.items() if name != "explain"}
+    method = check_method(method or ("zero_shot" if shots is None else "auto"), shots=shots, **asked)
     made_by = source.fingerprint if isinstance(source, Features) else ""
     model = _ready(encoder, made_by) if kept is None else encoder_of(kept, encoder)
     labelled: Features | None = None
     failed: list[BadImage] = []
     if shots is not None:
         labelled, names, failed = labelled_features(shots, model, names, **options)
-    method = method or ("zero_shot" if labelled is None else "auto")
+        check_shown(method, names, labelled)
     seen, errors = image_features(source if kept is None else kept, model, where=where, doing="classifying", **options)
     found = decide(seen, names or [], model, method, shots=labelled, **told)
     found.errors, found.shot_errors = errors, failed

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BadImage, ClipworksError, closest
+from ..errors import BadImage, ClipworksError, closest, naming
 from ..types import Features
 
 CHUNK = 65536  # rows of features at a time
@@ -93,16 +93,22 @@ def labelled_features(
     Raises
     ------
     ClipworksError
-        If there are fewer than two labelled images that can be used, or one is of none of the classes.
+        If there are fewer than two labelled images that can be used, or one is of none of the classes, or the labels
+        that should be the names are all the same.
     """
-    found, errors = image_features(source, encoder, label_from="folder", doing="embedding shots", **options)
+    with naming("shots"):
+        found, errors = image_features(source, encoder, label_from="folder", doing="embedding shots", **options)
     labels: list[Any] = [None] * len(found) if found.labels is None else list(found.labels)
     usable = [i for i, label in enumerate(labels) if str(label or "").strip()]
     errors += [BadImage(found.keys[i], "has no label") for i in sorted(set(range(len(labels))) - set(usable))]
     if len(usable) < 2:
-        raise ClipworksError(f"shots must hold at least 2 labelled images that can be used. Got {len(usable)}"
-                             + (f"; left out: {'; '.join(map(str, errors[:3]))}." if errors else "."))  # fmt: skip
+        said = f"; left out: {'; '.join(map(str, errors[:3]))}." if errors else "."
+        hint = " Labels are the names of subfolders, or a table's column." if len(usable) < len(labels) else ""
+        raise ClipworksError("shots must hold at least 2 labelled images that can be used. "
+                             f"Got {len(usable)}{said}{hint}")  # fmt: skip
     known = list(names) if names is not None else sorted({str(labels[i]) for i in usable})
+    if len(known) < 2 and names is None:
+        raise ClipworksError(f"shots must be of at least 2 classes where names are not given. Got {known[0]!r} alone.")
     folded: dict[str, list[str]] = {}
     for name in known:
         folded.setdefault(_fold(name), []).append(name)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ClipworksError, check_choice
+from ..errors import ClipworksError, UnknownName, closest
 
 
 @functools.lru_cache(maxsize=1)
@@ -38,7 +38,10 @@ def resolve_templates(templates: str | Sequence[str]) -> list[str]:
     """
     if isinstance(templates, str):
         if "{" not in templates:
-            check_choice("templates", templates, template_sets())
+            if templates not in template_sets():
+                known = ", ".join(map(repr, template_sets()))
+                raise UnknownName(f"templates must be one of {known}, or a sentence with {{}} where the name goes. "
+                                  f"Got {templates!r}.{closest(templates, template_sets())}")  # fmt: skip
             return list(template_sets()[templates])
         templates = [templates]
     if not templates:
