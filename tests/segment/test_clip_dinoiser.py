@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from clipworks.encoders.toy import toy_encoder
-from clipworks.errors import BadWeights
-from clipworks.segment.background import found_background
+from clipworks.errors import BadWeights, ClipworksError
+from clipworks.segment.background import found_background, long_objects
 from clipworks.segment.clip_dinoiser import CLIPDINOiser
 from clipworks.segment.common import enter, pool
 from clipworks.segment.dinoiser_heads import SPEED, Heads, early, head_losses, learn
@@ -112,6 +112,19 @@ def test_objects_without_heads_are_founds():
 
 
 @torch.no_grad()
+def test_long_objects_are_longer_than_the_mean_of_their_image():
+    found = plain.hidden(blocks=1)
+    length = np.sqrt((found.embedded.numpy() ** 2).sum(-1))
+    expected = np.array([[v > sum(image) / len(image) for v in image] for image in length]).reshape(2, 4, 6)
+    assert np.array_equal(long_objects(found), expected)
+    assert expected.any()
+    assert not expected.all()
+    found.embedded = None
+    with pytest.raises(ClipworksError, match="what the stem gave"):
+        long_objects(found)
+
+
+@torch.no_grad()
 def test_the_losses_against_numpy():
     own = heads()
     draw = np.random.default_rng(1)
@@ -145,13 +158,24 @@ def test_heads_there_and_back(tmp_path):
         Heads.load(tmp_path / "other.safetensors")
 
 
-def test_the_heads_learn_their_teacher_and_the_encoder_stays(tmp_path):
-    """Photos of two coloured halves; the teacher says colour."""
+@pytest.fixture
+def halves(tmp_path):
+    """A folder of eight photos of a dark and a light half."""
     draw = np.random.default_rng(0)
     for i in range(8):
         pixels = np.zeros((16, 16, 3), np.uint8)
         pixels[:, :8], pixels[:, 8:] = draw.integers(0, 90, 3), draw.integers(160, 255, 3)
         Image.fromarray(np.rot90(pixels, i % 4).copy()).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def entered(folder, encoder):
+    image = torch.stack([torch.tensor(np.asarray(Image.open(folder / f"{i}.png"))) for i in range(8)])
+    return enter(encoder, image.permute(0, 3, 1, 2) / 255, blocks=3)
+
+
+def test_the_heads_learn_their_teacher_and_the_encoder_stays(halves):
+    """The teacher says colour."""
     encoder = toy_encoder()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
 
@@ -159,15 +183,29 @@ def test_the_heads_learn_their_teacher_and_the_encoder_stays(tmp_path):
         return torch.nn.functional.avg_pool2d(images, 4) - 0.5
 
     def disagreement(own):
-        image = torch.stack([torch.tensor(np.asarray(Image.open(tmp_path / f"{i}.png"))) for i in range(8)])
-        hidden = enter(encoder, image.permute(0, 3, 1, 2) / 255, blocks=3, memory=False)
+        hidden = entered(halves, encoder)
         target = torch.tensor(cosines(teacher(hidden.images).flatten(2).transpose(1, 2).numpy()))
         with torch.no_grad():
             return float(head_losses(own, early(hidden), target, torch.ones(8, 16))["affinity"])
 
     how = dict(teacher=teacher, batch_size=8, side=16, lr=3e-3, progress=False)
-    first, trained, again = (learn(tmp_path, encoder, steps=n, **how) for n in (1, 25, 25))
+    first, trained, again = (learn(halves, encoder, steps=n, **how) for n in (1, 25, 25))
     assert disagreement(trained) < disagreement(first) - 0.02
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
     assert not any(p.requires_grad for p in trained.parameters())
+
+
+def test_the_heads_learn_whose_objects_they_are_told(halves):
+    """Objects are what is light."""
+    encoder = toy_encoder()
+
+    def light(hidden):
+        return torch.nn.functional.avg_pool2d(hidden.images, 4).mean(1) > 0.5
+
+    own = learn(halves, encoder, objects=light, steps=100, batch_size=8, side=16, lr=1e-3, progress=False)
+    with torch.no_grad():
+        hidden = entered(halves, encoder)
+        told, found = light(hidden), CLIPDINOiser(own).objects(hidden)[:, 0] > 0.5
+    assert 0.4 < told.float().mean() < 0.6
+    assert (told == found).float().mean() > 0.9

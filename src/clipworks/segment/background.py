@@ -6,10 +6,14 @@ All three are one more score, and a pixel is background where that score is abov
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import ClipworksError, check_choice, check_range
+
+if TYPE_CHECKING:
+    from .common import Hidden
 
 # surroundings that no list of things holds; of the kind that MaskCLIP's and SCLIP's releases give VOC's background
 WORDS = ("sky", "wall", "tree", "wood", "grass", "road", "sea", "river", "mountain", "sand", "building", "house",
@@ -69,3 +73,24 @@ def found_background(attention: torch.Tensor, keys: torch.Tensor, threshold: flo
     seed = int((weights[:, None] * attention).sum(0).argmin())
     features = torch.nn.functional.normalize((weights[:, None, None] * keys).transpose(0, 1).flatten(1), dim=-1)
     return features @ features[seed] > threshold
+
+
+def found_objects(hidden: Hidden) -> torch.Tensor:
+    """FOUND's rule on a tower's last block: bool (B, h, w), True for patches of objects."""
+    if not hidden.prefix:
+        raise ClipworksError("background 'objects' needs a tower with a class token. This one has none.")
+    q, k = hidden.heads("q"), hidden.heads("k")
+    looks = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, hidden.prefix :]
+    maps = [~found_background(a, b) for a, b in zip(looks, k[:, :, hidden.prefix :], strict=True)]
+    return torch.stack(maps).unflatten(1, hidden.grid)
+
+
+def long_objects(hidden: Hidden) -> torch.Tensor:
+    """Patches whose vector behind a convolutional stem is longer than the image's mean: bool (B, h, w).
+
+    Channels of such a stem answer to things it was trained to know; where nothing is to be known, few do.
+    """
+    if hidden.embedded is None:
+        raise ClipworksError("long_objects needs what the stem gave (`enter` with memory=True).")
+    length = hidden.embedded.float().norm(dim=-1)
+    return (length > length.mean(1, keepdim=True)).unflatten(1, hidden.grid)

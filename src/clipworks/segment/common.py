@@ -147,15 +147,9 @@ class Dense(ABC):
 
     def objects(self, hidden: Hidden) -> torch.Tensor:
         """Whether a patch belongs to an object, (B, 1, h, w) in [0, 1]: FOUND's rule on the tower's last block."""
-        from .background import found_background
+        from .background import found_objects
 
-        if not hidden.prefix:
-            raise ClipworksError("background 'objects' needs a tower with a class token. This one has none.")
-        q, k = hidden.heads("q"), hidden.heads("k")
-        logits = q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        looks = logits.softmax(-1)[:, :, 0, hidden.prefix :]
-        maps = [~found_background(a, b) for a, b in zip(looks, k[:, :, hidden.prefix :], strict=True)]
-        return torch.stack(maps).float().unflatten(1, hidden.grid)[:, None]
+        return found_objects(hidden).float()[:, None]
 
 
 def cosines(features: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,14 @@ from torch import nn
 from ..data.decode import decode
 from ..errors import BadWeights, check_range
 from .affinity import SIDE, Provider, features_of, provider
-from .background import found_background
+from .background import found_objects
 from .common import Hidden, enter, similarities
 
 if TYPE_CHECKING:
     from ..data.item import Item
     from ..encoders.encoder import Encoder
+
+Objects = Callable[[Hidden], torch.Tensor]
 
 SPEED = 200.0  # the objectness head learns at 1e-2, the affinity head at 5e-5 (release)
 
@@ -96,14 +98,23 @@ def head_losses(
 
 
 class HeadsRecipe(nn.Module):
-    """A step of the heads' training: square crops, the frozen tower's early map, the teacher's answer."""
+    """A step of the heads' training: square crops, the frozen tower's early map, the teachers' answers.
+
+    Parameters
+    ----------
+    heads : that learn
+    teacher, objects, side, threshold : as for `learn`
+    """
 
     captions = False
 
-    def __init__(self, heads: Heads, teacher: str | Provider, side: int, threshold: float):
+    def __init__(
+        self, heads: Heads, teacher: str | Provider = "own", side: int = 448, threshold: float = 0.2,
+        objects: Objects = found_objects,
+    ):  # fmt: skip
         super().__init__()
         self.heads, self.teacher, self.side, self.threshold = heads, provider(teacher), side, threshold
-        self.pool: Any = None
+        self.objects, self.pool = objects, None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -123,22 +134,24 @@ class HeadsRecipe(nn.Module):
             pixels = np.asarray(crop)[:, :: 1 if draw.random() < 0.5 else -1]
             return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
 
-        run = map if self.pool is None else self.pool.map
+        run: Any = map if self.pool is None else self.pool.map
         return {"images": torch.stack(list(run(view, items, rng.spawn(len(items)))))}
+
+    def enter(self, encoder: Encoder, images: torch.Tensor) -> Hidden:
+        """Images (B, 3, side, side) on their way through the frozen tower."""
+        return enter(encoder.eval(), images, blocks=3, sides=(SIDE,))
+
+    def lesson(self, hidden: Hidden) -> dict[str, torch.Tensor]:
+        """What `head_losses` is given: maps (B, width, h, w), target (B, N, N) and objects (B, N)."""
+        features = features_of(self.teacher, hidden).permute(0, 3, 1, 2)
+        target = similarities(F.adaptive_avg_pool2d(features, hidden.grid).permute(0, 2, 3, 1))
+        return {"maps": early(hidden), "target": target, "objects": self.objects(hidden).flatten(1)}
 
     def forward(self, encoder: Encoder, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Both losses; nothing of the tower has a gradient."""
-        encoder.eval()
         with torch.no_grad():
-            hidden = enter(encoder, batch["images"], blocks=3, sides=(SIDE,), memory=False)
-            maps = early(hidden)
-            features = features_of(self.teacher, hidden).permute(0, 3, 1, 2)
-            target = similarities(F.adaptive_avg_pool2d(features, hidden.grid).permute(0, 2, 3, 1))
-            q, k = hidden.heads("q"), hidden.heads("k")
-            looks = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0, hidden.prefix :]
-            pairs = zip(looks, k[:, :, hidden.prefix :], strict=True)
-            objects = torch.stack([~found_background(a, b) for a, b in pairs])
-        return head_losses(self.heads, maps, target, objects, self.threshold)
+            lesson = self.lesson(self.enter(encoder, batch["images"]))
+        return head_losses(self.heads, **lesson, threshold=self.threshold)
 
 
 def learn(
@@ -146,6 +159,7 @@ def learn(
     encoder: Encoder,
     *,
     teacher: str | Provider = "own",
+    objects: Objects = found_objects,
     out: str | Path | None = None,
     steps: int = 6200,
     batch_size: int = 16,
@@ -162,6 +176,8 @@ def learn(
     images : anything `open_source` takes (release: 1,000 photos)
     encoder : its image tower is read
     teacher : whose affinity is imitated, see `segment.affinity` (paper: DINO ViT-B/16)
+    objects : whose objects are imitated, a function of `common.Hidden` to (B, h, w), True for an object: FOUND's rule
+        on the tower itself, or `background.long_objects` for a convolutional stem
     out : folder of the run, as for `training.loop.train`; None writes nothing
     steps, batch_size, lr : of AdamW (release: 6200, 16, 5e-5; the objectness head learns 200 times as fast)
     side : of the crops in pixels (default: twice the encoder's image size; release: 448)
@@ -173,19 +189,41 @@ def learn(
     -------
     Heads, without gradients
     """
+    recipe = HeadsRecipe(fresh(encoder, seed), teacher, side or 2 * encoder.image_size, threshold, objects)
+    return train_heads(recipe, images, encoder, out=out, steps=steps, batch_size=batch_size, lr=lr, seed=seed,
+                       progress=progress)  # fmt: skip
+
+
+def fresh(encoder: Encoder, seed: int) -> Heads:
+    """Heads for an encoder's image tower, as a seed draws them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Heads(encoder.config.vision.width)
+
+
+def train_heads(recipe: HeadsRecipe, images: Any, encoder: Encoder, *, steps: int, **settings: Any) -> Heads:
+    """Train a recipe's heads by the one loop, at a constant rate and without weight decay.
+
+    Parameters
+    ----------
+    recipe : with the heads
+    images : anything `open_source` takes
+    encoder : stays as it is
+    steps : of AdamW
+    **settings : out, batch_size, lr, seed and progress, as for `training.loop.train`
+
+    Returns
+    -------
+    Heads, without gradients
+    """
     import copy
 
     from ..training.loop import train
 
     check_range("steps", steps, 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        heads = Heads(encoder.config.vision.width)
-    recipe = HeadsRecipe(heads, teacher, side or 2 * encoder.image_size, threshold)
     report = train(
-        images, copy.deepcopy(encoder), out=out, recipe=recipe, steps=steps, batch_size=batch_size, lr=lr,
-        weight_decay=0.0, warmup=0, schedule="constant", freeze=["*", "!recipe.*"], augment="none", seed=seed,
-        device="cpu", progress=progress,
+        images, copy.deepcopy(encoder), recipe=recipe, steps=steps, weight_decay=0.0, warmup=0, schedule="constant",
+        freeze=["*", "!recipe.*"], augment="none", device="cpu", **settings,
     )  # fmt: skip
-    heads.load_state_dict({name.removeprefix("heads."): value for name, value in report.parts.items()})
-    return heads.eval().requires_grad_(False)
+    recipe.heads.load_state_dict({name.removeprefix("heads."): value for name, value in report.parts.items()})
+    return recipe.heads.eval().requires_grad_(False)
