@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -85,6 +87,19 @@ def naming(argument: str) -> Iterator[None]:
         raise
     except ClipworksError as error:
         raise type(error)(f"{argument}: {error}") from error
+
+
+def check_folder(argument: str, given: str | os.PathLike) -> Path:
+    """Return a folder to write to, made if it is missing, or raise before any work is done for it."""
+    path = Path(given)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(path, os.W_OK) else "permission denied"
+    except OSError as error:
+        reason = "it is a file" if path.is_file() else error.strerror
+    if reason:
+        raise ClipworksError(f"{argument} must be a folder that can be written to. Got {str(path)!r}: {reason}.")
+    return path
 
 
 def need(module: str, extra: str) -> Any:

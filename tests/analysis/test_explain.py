@@ -114,3 +114,23 @@ def test_mistakes_are_named():
         faithfulness(toy(), pair()[0][0], pair()[1][0], torch.zeros(2, 2), steps=5)
     with pytest.raises(ClipworksError, match="pixels must be one image"):
         faithfulness(toy(), *pair(), torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"text": " "}, r"text must be words. Got ' '"),
+        ({"image_size": 0}, r"image_size must lie in \[1, inf\]. Got 0"),
+        ({"out": "a.txt"}, r"the ending of out must be one of '.png', .*'.npz'. Got '.txt'"),
+        ({"out": "nowhere/a.png"}, r"the folder of out must exist. Got 'nowhere/a.png'"),
+    ],
+)
+def test_mistakes_of_a_user_are_named(photo, asked, message):
+    with pytest.raises(ClipworksError, match=message):
+        explain(photo, **{"text": "a dog", "encoder": Words(), **asked})
+
+
+def test_a_folder_of_several_is_no_image(photo):
+    Image.open(photo).save(photo.with_name("b.png"))
+    with pytest.raises(ClipworksError, match=r"image must be one image. Got .*, which holds several"):
+        explain(str(photo.parent), "a dog", encoder=Words())

@@ -66,3 +66,17 @@ def test_the_command(place, tmp_path, capsys):
 def test_mistakes_are_named(place, settings, message):
     with pytest.raises(ClipworksError, match=message):
         inspect(place / "new", encoder=toy(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, r"batch_size must lie in \[1, inf\]. Got 0"),
+        ({"out": "{place}/good/0.png"}, r"out must be a folder that can be written to. Got .*: it is a file"),
+        ({"images": "{place}/nothing"}, r"source not found: .*nothing"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_learned(place, settings, message):
+    given = {key: value.format(place=place) if isinstance(value, str) else value for key, value in settings.items()}
+    with pytest.raises(ClipworksError, match=message):
+        inspect(**{"images": place / "new", "normal": place / "not read", "encoder": toy(), **given})

@@ -70,3 +70,30 @@ def test_a_bad_image_is_left_out(place, tmp_path, capsys):
 def test_messages(place, options, message, capsys):
     assert run(place, *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_name_needs_a_background(place, tmp_path, capsys):
+    assert run(place, names="sky") == 2
+    assert "names must hold two names or more where there is no --background" in capsys.readouterr().err
+    assert run(place, "--background", "0.5", "--json", names="sky") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "{file}"], "out must be a folder that can be written to. Got '{file}': it is a file."),
+        (["--out", "{file}/x"], "out must be a folder that can be written to. Got '{file}/x': "),
+        (["--json", "--csv"], "give one of --json and --csv, not both"),
+        (["--side", "100000"], "side must lie in [4, 4096]. Got 100000."),
+        (["--background", "nan"], "must be a number from 0 to 1, 'words', 'objects' or several words. Got 'nan'."),
+        (["--method", "no.safetensors"], "a name or a .safetensors file. Nothing is at 'no.safetensors'."),
+    ],
+)
+def test_mistakes_are_told_before_any_image_is_read(place, tmp_path, capsys, monkeypatch, options, message):
+    from clipworks.data import sources
+
+    monkeypatch.setattr(sources, "open_source", lambda *_: pytest.fail("an image was read"))
+    file = tmp_path / "file"
+    file.write_text("a file")
+    assert run(place, *(option.format(file=file) for option in options)) == 2
+    assert message.format(file=file) in capsys.readouterr().err

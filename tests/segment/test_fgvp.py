@@ -230,7 +230,7 @@ def test_candidates_and_their_faults():
     for message, given in faults.items():
         with pytest.raises(ClipworksError, match=message):
             fgvp(PICTURE, "x", toy_encoder(), **given)
-    with pytest.raises(ClipworksError, match="needs masks"):
+    with pytest.raises(ClipworksError, match="need masks, or a sam"):
         fgvp(PICTURE, "x", toy_encoder(), boxes=[BOX], prompts=["mask-blur"])
     with pytest.raises(ClipworksError, match="Did you mean 'mask-blur'"):
         fgvp(PICTURE, "x", toy_encoder(), boxes=[BOX], prompts=["mask-blurr"])

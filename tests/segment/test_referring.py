@@ -102,5 +102,8 @@ def test_the_command(tmp_path, capsys):
     assert Image.open(out).size == (60, 40)
     assert main([*asked, "--prompts", "circle-lime"]) == 2
     assert "circle-line" in capsys.readouterr().err
+    for place, message in (("a.xyz", "the ending of out must be one of"), ("no/a.png", "the folder of out must exist")):
+        assert main([*asked, "--out", place]) == 2
+        assert message in capsys.readouterr().err
     assert main(asked[:3]) == 2
     assert "boxes or sam must be given" in capsys.readouterr().err

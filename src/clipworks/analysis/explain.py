@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import ClipworksError, check_choice, check_range
-from .relevance import Relevance
+from .relevance import SUFFIXES, Relevance
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
@@ -66,21 +66,31 @@ def explain(
     """
     from ..anomaly.common import views
     from ..encoders.loading import resolve
+    from ..plot.sheet import check_place
     from ..registry import get_method
 
     check_choice("method", method, METHODS)
+    if not isinstance(text, str) or not text.strip():
+        raise ClipworksError(f"text must be words. Got {text!r}.")
+    place = None if out is None else check_place(out, "out", SUFFIXES)
     model: Any = resolve(encoder)
     words = model.texts([text])
-    (batch,) = views(image, model, int(image_size or model.image_size))
+    batch = next(views(image, model, _side(model, image_size), batch_size=2))
+    if len(batch.keys) != 1:
+        raise ClipworksError(f"image must be one image. Got {image!r:.80}, which holds several.")
     heat = get_method(f"analysis/explain_{method}")(model, batch.pixels, words)[0]
     width, height = batch.sizes[0]
     large = F.interpolate(heat[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
     with torch.no_grad():
         similarity = float(model.encode_image(batch.pixels).float() @ words[0].to(model.device))
     found = Relevance(batch.keys[0], text, large.numpy(), similarity, method, batch.pictures[0])
-    if out is not None:
-        found.save(out)
+    if place is not None:
+        found.save(place)
     return found
+
+
+def _side(encoder: Any, image_size: int | None) -> int:
+    return int(encoder.image_size if image_size is None else check_range("image_size", image_size, 1))
 
 
 def faithfulness(
@@ -131,7 +141,7 @@ def trust_of(
     from ..encoders.loading import resolve
 
     model: Any = resolve(encoder)
-    (batch,) = views(found.picture, model, int(image_size or model.image_size))
+    (batch,) = views(found.picture, model, _side(model, image_size))
     heat = F.adaptive_avg_pool2d(torch.from_numpy(found.heat)[None, None], 8)[0, 0]
     return faithfulness(model, batch.pixels[0], model.texts([found.text])[0], heat, steps=steps)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadImage, ClipworksError, check_choice
+from ..errors import BadImage, ClipworksError, check_choice, check_folder, check_range
 from ..progress import Progress
 from .result import SUFFIXES, AnomalyMap
 
@@ -75,14 +75,17 @@ def inspect(
     -------
     Inspection
     """
+    from ..data.sources import open_source
+
     check_choice("method", method, METHODS)
     check_choice("form", form, [suffix[1:] for suffix in SUFFIXES])
     if normal is None and method == "patch_memory":
         raise ClipworksError("normal must be images of good parts for 'patch_memory'; 'winclip' and 'anovl' need none.")
-    detector = _detector(method, encoder, name, image_size, layers, rate).fit(normal)
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    check_range("batch_size", batch_size, 1)
+    images = open_source(images) if isinstance(images, str | Path) else images
+    detector = _detector(method, encoder, name, image_size, layers, rate)
+    folder = None if out is None else check_folder("out", out)
+    detector.fit(normal)
     rows: list[dict[str, Any]] = []
     errors: list[BadImage] = []
     taken: set[str] = set()

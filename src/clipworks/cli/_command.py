@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from ..errors import ClipworksError
+from ._output import check_form
 from ._signature import Parameter, parameters
 
 
@@ -87,6 +88,7 @@ def runner(entry: Command) -> Callable[..., int | None]:
 
     @functools.wraps(entry.function)
     def run(**given: Any) -> int | None:
+        check_form(bool(given.get("json")), bool(given.get("csv")))  # before the work, not after it
         # an option that was not given is not passed on: the library's own default holds
         derived = {k: v for k, v in given.items() if k not in own.parameters and v not in (None, [])}
         derived = {k: _split(k, v, library[k].type) if isinstance(v, list) else v for k, v in derived.items()}

@@ -30,6 +30,12 @@ def check_sheet(path: str | None) -> None:
         check_place(path)
 
 
+def check_form(as_json: bool, as_csv: bool) -> None:
+    """Refuse two forms at once."""
+    if as_json and as_csv:
+        raise ClipworksError("give one of --json and --csv, not both.")
+
+
 def say(text: str) -> None:
     """Print a line to stdout; when the reader has gone, stay silent from then on."""
     try:
@@ -51,8 +57,7 @@ def emit(
     empty: str = "nothing found",
 ) -> None:
     """Print rows; tables and CSV take the union of their keys as columns."""
-    if as_json and as_csv:
-        raise ClipworksError("give one of --json and --csv, not both.")
+    check_form(as_json, as_csv)
     if as_json:
         return say(json.dumps(list(rows), indent=2, ensure_ascii=False, default=str))
     columns = list(dict.fromkeys(key for row in rows for key in row))

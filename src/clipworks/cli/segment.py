@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import BadImage, ClipworksError, check_choice
+from ..errors import BadImage, ClipworksError, check_choice, check_folder
 from ._command import command
 from ._output import Csv, Json, emit, note
 from .classify import TEMPLATES, _templates, class_names
@@ -48,7 +48,13 @@ def segment(
         raise ClipworksError("--overlay needs --out, the folder to write to.")
     if templates:
         options["templates"] = _templates(templates)
-    work = Segmenter(class_names(names), **options)
+    said = class_names(names)
+    if len(said) == 1 and options.get("background") is None:
+        raise ClipworksError("names must hold two names or more where there is no --background: every pixel gets one. "
+                             f"Got {said[0]!r} alone.")  # fmt: skip
+    if out:
+        check_folder("out", out)
+    work = Segmenter(said, **options)
     rows: list[dict[str, Any]] = []
     taken: set[Path] = set()
     bad = done = 0

@@ -146,12 +146,12 @@ def save_sheet(page: Image.Image, path: str | Path) -> Path:
     return path
 
 
-def check_place(path: str | Path) -> Path:
-    """Return the path of a sheet, or raise where none can be written."""
+def check_place(path: str | Path, what: str = "a sheet", suffixes: Sequence[str] = SUFFIXES) -> Path:
+    """Return the path of a picture that is to be written, or raise where it cannot be."""
     path = Path(path)
-    check_choice("the ending of a sheet", path.suffix.lower(), SUFFIXES)
+    check_choice(f"the ending of {what}", path.suffix.lower(), suffixes)
     if not path.parent.is_dir():
-        raise ClipworksError(f"the folder of a sheet must exist. Got {str(path)!r}.")
+        raise ClipworksError(f"the folder of {what} must exist. Got {str(path)!r}.")
     return path
 
 

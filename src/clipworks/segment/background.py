@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ClipworksError, check_choice, check_range
+from ..errors import ClipworksError, check_range, closest
 
 if TYPE_CHECKING:
     from .common import Hidden
@@ -27,7 +27,9 @@ def background_words(background: str | float | Sequence[str] | None, names: Sequ
     if background is None or isinstance(background, float | int):
         return []
     if isinstance(background, str):
-        check_choice("background", background, ("words", "objects"))
+        if background not in ("words", "objects"):
+            raise ClipworksError("background must be a number from 0 to 1, 'words', 'objects' or several words. "
+                                 f"Got {background!r}.{closest(background, ('words', 'objects'))}")  # fmt: skip
         background = WORDS if background == "words" else ()
     return [word for word in background if word not in names]
 

@@ -254,7 +254,8 @@ def candidates(size: tuple[int, int], boxes: Any, masks: Any) -> tuple[np.ndarra
     if places.ndim != 2 or places.shape[1] != 4 or not len(places) or count not in ("N", len(places)):
         raise ClipworksError(f"boxes must have the shape ({count}, 4), at least one. Got {places.shape}.")
     if not np.isfinite(places).all() or (places[:, 2:] <= places[:, :2]).any():
-        raise ClipworksError("boxes must be finite, with left below right and top below bottom.")
+        wrong = next(box for box in places if not np.isfinite(box).all() or (box[2:] <= box[:2]).any())
+        raise ClipworksError(f"boxes must be finite, with left below right and top below bottom. Got {wrong.tolist()}.")
     for n, box in enumerate(places):
         inside = box_region(*size, box)
         if regions is not None and not regions[n].any():

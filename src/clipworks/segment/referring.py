@@ -55,7 +55,9 @@ def refer(
         If there are no regions, or they cannot be used.
     """
     from ..encoders.loading import resolve
+    from ..plot.sheet import check_place
 
+    place = None if out is None else check_place(out, "out")
     if boxes is None and sam is None:
         raise ClipworksError("boxes or sam must be given: the expression chooses among regions. Got neither.")
     pixels = decode_pixels(image)
@@ -71,8 +73,8 @@ def refer(
         if not len(masks):
             raise ClipworksError(f"sam must find regions in the image. {sam!r} found none; give boxes.")
     found = fgvp(pixels, expression, resolve(encoder), boxes=places, masks=masks, prompts=prompts, bank=bank)
-    if out is not None:
-        found.overlay(pixels).save(out)
+    if place is not None:
+        found.overlay(pixels).save(place)
     return found
 
 

@@ -22,6 +22,7 @@ from .windows import padded, slide
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
 
+LARGEST_SIDE = 4096  # as of an encoder's images; larger ones are brought down to it first
 SCALE = 40.0  # of the cosines before the softmax; one value for all data (NACLIP's, Trident's)
 CANVAS = 320  # longer side on which masks are refined
 BAND = 2**22  # numbers of a band of rows that is interpolated at a time
@@ -139,7 +140,7 @@ class Segmenter:
         self.encoder, self.memory, self.batch_size = model, memory, batch_size
         self.patch = model.config.vision.patch_size
         usual = 2 * model.image_size
-        self.side = int(check_range("side", usual if side is None else side, self.patch))
+        self.side = int(check_range("side", usual if side is None else side, self.patch, LARGEST_SIDE))
         self.window = self._whole(check_range("window", usual if window is None else window, 1))
         self.stride = self._whole(check_range("stride", self.window // 2 if stride is None else stride, 1))
         if self.stride > self.window:
@@ -266,6 +267,8 @@ def dense_method(method: str | os.PathLike | Dense, encoder: Any = None) -> Dens
     if isinstance(method, os.PathLike) or str(method).endswith(".safetensors"):
         from .trained import load_trained
 
+        if not os.path.isfile(method):
+            raise ClipworksError(f"method must be a name or a .safetensors file. Nothing is at {os.fspath(method)!r}.")
         return load_trained(method, encoder=encoder)
     known = [info.name.replace("_", "-") for info in methods("segment")]
     check_choice("method", method.replace("_", "-") if isinstance(method, str) else method, known)

@@ -101,7 +101,7 @@ def shape_region(shape: str, height: int, width: int, box: Sequence[float], mask
     """The pixels of a shape, bool (H, W)."""
     if shape == "mask":
         if mask is None:
-            raise ClipworksError("a prompt of a mask needs masks. Got boxes alone.")
+            raise ClipworksError("prompts that draw a mask need masks, or a sam that makes them. Got boxes alone.")
         return np.asarray(mask, bool)
     return (box_region if shape == "box" else circle_region)(height, width, box)
 
@@ -185,5 +185,6 @@ def _window(box: Sequence[float], height: int, width: int) -> tuple[slice, slice
     rows = slice(max(0, int(np.floor(top))), min(height, int(np.ceil(bottom))))
     columns = slice(max(0, int(np.floor(left))), min(width, int(np.ceil(right))))
     if rows.stop <= rows.start or columns.stop <= columns.start:
-        raise ClipworksError(f"a box must cover part of the picture, {width} x {height} pixels. Got {tuple(box)}.")
+        got = [float(v) for v in box]
+        raise ClipworksError(f"a box must cover part of the picture, {width} x {height} pixels. Got {got}.")
     return rows, columns
