@@ -69,6 +69,48 @@ def test_the_command(place, capsys, monkeypatch):
     assert "1 of 3 images score" in err
     assert main([*run, "--score", "mcn"]) == 2
     assert "Did you mean 'mcm'" in capsys.readouterr().err
+    assert main(["ood", str(place / "known"), "--names", "red,green", "--json"]) == 0
+    assert "without --known the scores are cut in two" in capsys.readouterr().err
+
+
+def test_the_nearest_known_image_needs_no_word_that_fits(place):
+    """The only name is that of no image here, so words tell nothing; known images do."""
+    found = find_unknown(place / "new", ["blue"], place / "known", encoder=Colours(), score="nearest")
+    assert found.labels == ["blue", "none of these", "blue"]
+    files = [file for lot in ("known", "new") for file in sorted((place / lot).glob("*"))]
+    rows = np.array([np.asarray(Image.open(file), np.float64).mean((0, 1)) / 255 + 1e-3 for file in files])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    known, new = rows[:40], rows[40:]
+    others = sorted(max(known[i] @ known[j] for j in range(40) if j != i) for i in range(40))
+    np.testing.assert_allclose(found.scores, [max(x @ k for k in known) for x in new], atol=1e-6)
+    assert found.threshold == pytest.approx(others[1], abs=1e-6)  # the second lowest: 0.05 of 41 is 2.05
+
+
+def test_bad_images_of_both_sources_are_told(place):
+    (place / "new/broken.png").write_bytes(b"no")
+    (place / "known/torn.png").write_bytes(b"no")
+    found = find_unknown(place / "new", ["red", "green"], place / "known", encoder=Colours())
+    assert [e.key for e in found.errors] == ["broken.png", "torn.png"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"score": "nearest"}, r"known must be images of the classes where score is 'nearest'. Got None"),
+        ({"score": "mcn"}, r"score must be one of .*'nearest'. Got 'mcn'. Did you mean 'mcm'"),
+        ({"names": ["red", "none of these"]}, r"names must not hold 'none of these'"),
+        ({"known": "known", "rate": 0.01}, r"known must hold at least 99 images for a rate of 0.01. Got 40"),
+        ({"known": "known", "rate": 7}, r"rate must lie between 0 and 1, .* Got 7"),
+        ({"known": "nowhere"}, r"known: source not found: "),
+        ({}, r"source must hold at least 4 images where there are no known. Got 3"),
+    ],
+)
+def test_mistakes_are_named_before_they_cost(place, asked, message):
+    asked = {"names": ["red", "green"], **asked}
+    if "known" in asked:
+        asked["known"] = place / asked["known"]
+    with pytest.raises(ClipworksError, match=message):
+        find_unknown(place / "new", encoder=Colours(), **asked)
 
 
 def test_mistakes_are_named(place):

@@ -8,10 +8,12 @@ import typer
 
 from ._command import command
 from ._output import Csv, Json, emit, note
-from .classify import NAMES, TEMPLATES, _templates, class_names
+from .classify import TEMPLATES, _templates, class_names
 
+NAMES = "Class names, separated by commas, or a text file (.txt) with one name per line."
 SOURCE = "Images: folder, table, list, archive, video."
 KNOWN = "Other images of these classes, unlabelled; they set the threshold. Without them SOURCE counts as a mixed lot."
+CUT = "without --known the scores are cut in two: where no image is a stranger, some are set aside all the same"
 
 
 @command("ood.unknown.find_unknown")
@@ -32,7 +34,7 @@ def ood(
 
     \b
     Examples:
-      clipworks ood new --names cat,dog,bird --known photos --unknown-only
+      clipworks ood new --names cat,dog,bird --known photos --score nearest --unknown-only
       clipworks ood mixed --names names.txt --score energy --json
     """
     from ..ood.unknown import find_unknown
@@ -46,4 +48,6 @@ def ood(
     for error in found.errors:
         note(f"clipworks: left out: {error}")
     note(f"{len(aside)} of {len(found.keys)} images score {found.threshold:.4f} or less: none of these")
+    if known is None:
+        note(CUT)
     return 0

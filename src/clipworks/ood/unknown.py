@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BadImage, ClipworksError
+from ..errors import BadImage, ClipworksError, check_choice, naming
 from ..zeroshot.classifier import check_names, class_vectors
-from ..zeroshot.open_set import OpenSet
+from ..zeroshot.open_set import SCORES, OpenSet, fewest, lower_threshold
 
 if TYPE_CHECKING:
+    from ..data.sources import Source
     from ..encoders.encoder import Encoder
+
+UNKNOWN = "none of these"
+NEAREST = "nearest"
+MIXED = 4  # images from which on two humps can be looked for
 
 
 @dataclass
@@ -64,39 +69,68 @@ def find_unknown(
     source : images as `open_source` takes them (folder, table, list ...)
     names : class names in words a reader would use
     known : other images of these classes, unlabelled, which set the threshold; None takes the images themselves for a
-        mixed lot and cuts between the two humps of their scores
-    score : "mcm", "msp", "max_logit" or "energy"
-    rate : share of images of the classes that may be refused, where `known` is given
+        mixed lot and cuts between the two humps of their scores, also where there is no stranger among them
+    score : by words "mcm", "msp" (which compare several names with each other), "max_logit" or "energy"; "nearest" is
+        the cosine with the most similar image of `known` and needs no word that fits
+    rate : share of images of the classes that may be refused, where `known` is given (about, with "nearest")
     encoder : a model's name, a path or an encoder (default: the bundled one)
     templates : name of a set (default, simple, name, imagenet), a sentence with {} for the name, or several
     batch_size : images per pass
 
     Returns
     -------
-    Unknowns, in the order of the source
+    Unknowns, in the order of the source; its errors are those of both sources
     """
+    from ..data.sources import open_source
     from ..encoders.loading import resolve
 
     names = check_names(names)
+    if UNKNOWN in names:
+        raise ClipworksError(f"names must not hold {UNKNOWN!r}, the label of images that show none of them.")
+    check_choice("score", score, (*SCORES, NEAREST))
+    if score == NEAREST and known is None:
+        raise ClipworksError(f"known must be images of the classes where score is {NEAREST!r}. Got None.")
+    need = MIXED if known is None else fewest(rate)
+    source = open_source(source)
+    if known is not None:
+        with naming("known"):
+            known = open_source(known)
     model: Any = resolve(encoder)
     words = class_vectors(names, model, templates=templates)
-    judge = OpenSet(words, score=score, rate=None if known is None else rate, scale=model.logit_scale, names=names)
     keys, vectors, errors = _vectors(source, model, batch_size)
     if not keys:
         raise errors[0] if errors else ClipworksError("source must hold at least one image. Got none.")
-    judge.fit(vectors if known is None else _vectors(known, model, batch_size)[1])
-    labels = [str(label) for label in judge.predict(vectors)]
-    return Unknowns(keys, labels, judge.score_samples(vectors), judge.threshold_, errors)
+    shown = vectors
+    if known is not None:
+        _, shown, bad = _vectors(known, model, batch_size)
+        errors += bad
+    if len(shown) < need:
+        what, why = ("known", f"for a rate of {rate}") if known is not None else ("source", "where there are no known")
+        raise ClipworksError(f"{what} must hold at least {need} images {why}. Got {len(shown)}.")
+    if score == NEAREST:
+        scores, threshold = (vectors @ shown.T).max(1), lower_threshold(_nearest_other(shown), rate)
+    else:
+        judge = OpenSet(words, score=score, rate=None if known is None else rate, scale=model.logit_scale).fit(shown)
+        scores, threshold = judge.score_samples(vectors), judge.threshold_
+    best = (vectors @ np.asarray(words, np.float32).T).argmax(1)
+    labels = [names[i] if value > threshold else UNKNOWN for i, value in zip(best, scores, strict=True)]
+    return Unknowns(keys, labels, scores, threshold, errors)
 
 
-def _vectors(source: Any, model: Any, batch_size: int) -> tuple[list[str], np.ndarray, list[BadImage]]:
+def _nearest_other(vectors: np.ndarray) -> np.ndarray:
+    """Cosine of every image with the most similar other one."""
+    near = vectors @ vectors.T
+    np.fill_diagonal(near, -1)
+    return near.max(1)
+
+
+def _vectors(source: Source, model: Any, batch_size: int) -> tuple[list[str], np.ndarray, list[BadImage]]:
     from ..data.loader import load_batches
-    from ..data.sources import open_source
 
     keys: list[str] = []
     errors: list[BadImage] = []
     parts = [np.empty((0, model.dim), np.float32)]
-    for batch in load_batches(open_source(source), model.preprocess, batch_size, on_error="report"):
+    for batch in load_batches(source, model.preprocess, batch_size, on_error="report"):
         errors += batch.errors
         if len(batch):
             keys += batch.keys

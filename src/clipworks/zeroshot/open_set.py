@@ -182,13 +182,22 @@ def lower_threshold(scores: np.ndarray, rate: float) -> float:
     ClipworksError
         If there are too few scores for the rate.
     """
-    if not 0 < rate < 1:
-        raise ClipworksError(f"rate must lie between 0 and 1, or be None for a mixed lot. Got {rate!r}.")
+    need = fewest(rate)
     threshold = -conformal_quantile(-scores, rate)
     if threshold == -math.inf:
-        need = math.ceil(1 / rate - 1 - 1e-9)
         raise ClipworksError(f"features must hold at least {need} vectors for a rate of {rate}. Got {len(scores)}.")
     return threshold
+
+
+def fewest(rate: float) -> int:
+    """How many scores a rate needs.
+
+    >>> fewest(0.05)
+    19
+    """
+    if not 0 < rate < 1:
+        raise ClipworksError(f"rate must lie between 0 and 1, or be None for a mixed lot. Got {rate!r}.")
+    return math.ceil(1 / rate - 1 - 1e-9)
 
 
 def _between(scores: np.ndarray) -> float:
