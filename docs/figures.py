@@ -1,4 +1,4 @@
-"""Tables of measured figures in docs/peers.md and docs/serving.md, written from the JSON files of the benchmarks."""
+"""Tables of measured figures in docs/peers.md, serving.md, reliability.md, written from the benchmarks' JSON files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PEERS, SERVING = ROOT / "docs" / "peers.md", ROOT / "docs" / "serving.md"
+NAMES = ("peers", "serving", "reliability", "inspecting", "benchmarking")
+PEERS, SERVING, RELIABILITY, INSPECTING, BENCHMARKING = (ROOT / "docs" / f"{name}.md" for name in NAMES)
 BEGIN, END = "<!-- measured: written by docs/figures.py -->", "<!-- end -->"
 TITLES = ["| what | clipworks | the peer | times as good | from |", "|---|---:|---:|---:|---|"]
 
@@ -133,13 +134,80 @@ def served() -> str:
     return "\n".join(lines)
 
 
-TABLES = {PEERS: table, SERVING: served}
+def counted() -> str:
+    """Return the table of fault tests: how many there are, what they injected, what became of them."""
+    lines = ["| # | | tests | injected | failed | not run, or not finished | seconds |", "|---|---" + "|---:" * 5 + "|"]
+    found = results("faults")
+    for number in sorted({*found["default"], *found["slow"]}, key=int):
+        for part in (part for part in ("default", "slow") if number in found[part]):
+            row = found[part][number]
+            done = row["passed"] + row["failed"]
+            cells = (row["tests"], row["injected"] or "", row["failed"], row["tests"] - done, row["seconds"])
+            shown = " | ".join(figure(cell) if isinstance(cell, int | float) else cell for cell in cells)
+            lines.append(f"| {number} | {part if part == 'slow' else ''} | {shown} |")
+    return "\n".join(lines)
+
+
+def inspected() -> str:
+    """Return the tables of defects on real parts: is a part defective, and where, for the sets that have masks."""
+    found = results("anomaly")["mean and spread"]
+    return "\n\n".join(by_set(found, metric) for metric in ("image AUROC", "AUPRO"))
+
+
+def by_set(found: dict[str, Any], metric: str) -> str:
+    """Methods in rows, sets in columns, mean and spread in percent."""
+    sets = [title for title, part in found.items() if any(metric in row for row in part.values())]
+    ways = dict.fromkeys(way for title in sets for way, row in found[title].items() if metric in row)
+    lines = [f"| {metric} | {' | '.join(sets)} |", "|---" + "|---:" * len(sets) + "|"]
+    for way in ways:
+        rows = (found[title].get(way, {}).get(metric) for title in sets)
+        cells = (" ± ".join(f"{100 * value:.1f}" for value in row) if row else "" for row in rows)
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def unknown() -> str:
+    """Return the table of unknown classes across data sets."""
+    found = results("ood")["mean and spread"]
+    measures = [measure for measure in next(iter(found.values())) if measure.endswith("AUROC")]
+    titles = [measure.removesuffix(": AUROC") for measure in measures]
+    lines = [f"| score | {' | '.join(titles)} | known images refused |", "|---" + "|---:" * (len(titles) + 1) + "|"]
+    for way, row in found.items():
+        cells = (" ± ".join(f"{100 * value:.1f}" for value in row[measure]) for measure in (*measures, "refused"))
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def learned() -> str:
+    """Return the table of learned prompts and tuned towers: means over the sets of means over the seeds."""
+    found, means = results("learned")["clipworks-small"], {}
+    for protocol in ("few-shot", "base-to-new"):
+        most = max(map(len, found[protocol].values()))
+        sets = [part for part in found[protocol].values() if len(part) == most]  # where every method has run
+        means[protocol] = {
+            method: sum(_mean(next(iter(part[method].values()))["accuracy"]) for part in sets) / len(sets)
+            for method in sets[0]
+        }
+    lines = ["| method | few-shot | base-to-new |", "|---|---:|---:|"]
+    for method in sorted(means["few-shot"], key=lambda m: -means["few-shot"][m]):
+        cells = (f"{means[protocol][method]:.1f}" if method in means[protocol] else "" for protocol in means)
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+TABLES = {PEERS: (table,), SERVING: (served,), RELIABILITY: (counted,), INSPECTING: (inspected, unknown),
+          BENCHMARKING: (learned,)}  # fmt: skip
 
 
 def page(path: Path) -> str:
-    """Return a page with its table as the files have it now."""
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    return f"{before}{BEGIN}\n{TABLES[path]()}\n{END}{rest.split(END, 1)[1]}"
+    """Return a page with its tables as the files have them now."""
+    before, *places = path.read_text(encoding="utf-8").split(BEGIN)
+    told = (f"\n{table()}\n{END}{place.split(END, 1)[1]}" for table, place in zip(TABLES[path], places, strict=True))
+    return BEGIN.join([before, *told])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from .common import Memory, grids, stacked
 from .detector import FOLDS, AnomalyDetector
 
 
-@method(card="anovl", level="M")
+@method(card="anovl", level="MR")
 class PatchMemory(AnomalyDetector):
     """Find what no good image shows.
 

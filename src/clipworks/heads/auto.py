@@ -92,7 +92,7 @@ class ZeroShot(Head):
         return np.zeros((len(x), len(self.classes_)))
 
 
-@method(card="few-shot-foundations", level="M")
+@method(card="few-shot-foundations", level="MR")
 class Auto(Head):
     """Choose among zero-shot and all heads by cross-validation on the shots.
 

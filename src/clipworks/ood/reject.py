@@ -37,7 +37,7 @@ SCORES = ("msp", "max_logit", "energy", "nearest")
 LOGIT_SCORES = {"msp": msp, "max_logit": max_logit, "energy": energy}
 
 
-@method(card="clipn", level="M")
+@method(card="clipn", level="MR")
 class Reject(BaseEstimator):
     """Let a classifier answer "none of these".
 
