@@ -134,6 +134,8 @@ def test_batches_do_not_matter(trained):
         (lambda i, m: (i, m[:3]), r"masks must have the shape \(16, H, W\)"),
         (lambda i, m: (i, m * 0), "Got 0 defective of 16"),
         (lambda i, m: (i, m, good(3)), r"one per image \(16\). Got 3"),
+        (lambda i, m: (i[:0], m), r"images must hold at least one image\. Got none"),
+        (lambda i, m: (i, m, good(0)), r"references must hold at least one image\. Got none"),
     ],
 )
 def test_mistakes_are_named(change, message):

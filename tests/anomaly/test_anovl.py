@@ -6,7 +6,8 @@ import torch
 from parts import flawed, good, toy
 from torch import nn
 
-from clipworks.anomaly.anovl import AnoVL, adapted, share, turned
+from clipworks.anomaly.anovl import AnoVL, adapted, turned
+from clipworks.anomaly.states import bad_share
 from clipworks.anomaly.value_path import value_patches
 from clipworks.errors import ClipworksError
 
@@ -102,7 +103,8 @@ def test_adaptation_is_the_published_rule():
         loss.backward()
         optimizer.step()
     found = adapted(patches, text, words, 4, 0.3, 0.05)
-    torch.testing.assert_close(share(found, text), logits(patches).softmax(-1)[..., 1].detach(), atol=1e-5, rtol=1e-4)
+    expected = logits(patches).softmax(-1)[..., 1].detach()
+    torch.testing.assert_close(bad_share(found, text), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_equal_and_swapped_texts():

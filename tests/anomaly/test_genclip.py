@@ -125,7 +125,7 @@ def test_words_learned_on_some_things_find_defects_of_another():
         ({"vision": 2}, "vision must lie in"),
         ({"name": ""}, "name must be the object in words"),
         ({"tokens": 0}, "tokens must lie in"),
-        ({"layers": [9]}, "output_layers must name layers"),
+        ({"layers": [9]}, r"^layers must name layers from 0 to \d .* Got 9"),
     ],
 )
 def test_mistakes_are_named(settings, message):

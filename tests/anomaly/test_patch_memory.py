@@ -99,7 +99,7 @@ def test_a_convolutional_stem_and_larger_images():
         ({"limit": 3}, "limit must lie in"),
         ({"image_size": 30}, "multiple of the patches' 4 pixels. Got 30"),
         ({"rate": 2}, "rate must lie in"),
-        ({"layers": [7]}, "output_layers must name layers from 0 to 1"),
+        ({"layers": [7]}, "^layers must name layers from 0 to 1"),
     ],
 )
 def test_mistakes_are_named(settings, message):

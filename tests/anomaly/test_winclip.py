@@ -5,8 +5,8 @@ import pytest
 import torch
 from parts import flawed, good, toy
 
-from clipworks.anomaly.states import BAD, GOOD, PHOTOS, sentences, state_vectors
-from clipworks.anomaly.winclip import WinCLIP, bad_share, harmonic, window_cover, window_places
+from clipworks.anomaly.states import BAD, GOOD, PHOTOS, bad_share, sentences, state_vectors
+from clipworks.anomaly.winclip import WinCLIP, harmonic, window_cover, window_places
 from clipworks.errors import ClipworksError
 from clipworks.metrics.detection import auroc
 

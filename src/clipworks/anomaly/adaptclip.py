@@ -28,13 +28,13 @@ from torch import nn
 from ..errors import ClipworksError
 from ..registry import method
 from .adapters import StatePrompts, check_training, map_loss, spread_layers, states, train
-from .common import Memory, views
+from .common import Memory
 from .detector import FOLDS, AnomalyDetector
 from .states import state_vectors
 from .value_path import value_layers
 
 
-@method(card="adaptclip", level="M")
+@method(card="adaptclip", level="MR")
 class AdaptCLIP(AnomalyDetector):
     """Find defects with adapters that learned them on other things.
 
@@ -129,7 +129,7 @@ class AdaptCLIP(AnomalyDetector):
         masks = check_training(len(described["image"]), masks)
         label = masks.flatten(1).amax(1)
         good = (label == 0).nonzero()[:, 0]
-        compared = None if references is None else self._many(references)
+        compared = None if references is None else self._many(references, "references")
         if compared is not None and len(compared["image"]) != len(label):
             raise ClipworksError(f"references must be one per image ({len(label)}). Got {len(compared['image'])}.")
         side = described["patches0"].shape[1:3]
@@ -173,12 +173,6 @@ class AdaptCLIP(AnomalyDetector):
         self._prepare()
         self.adapters_ = getattr(self, "adapters_", None)
         self.memories_ = []
-
-    def _many(self, images: Any) -> dict[str, torch.Tensor]:
-        parts = [self._described(batch.pixels) for batch in views(images, self._model, self.side_)]
-        if not parts:
-            raise ClipworksError("images must hold at least one image. Got none.")
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _describe(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         maps, image = value_layers(self._model, pixels, self._last, [*self._chosen, -1])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ClipworksError, check_range
+from .states import bad_share
 
 TEMPERATURE = 0.07
 
@@ -40,7 +41,7 @@ def map_loss(probability: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def states(features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Probability of the second of two unit texts, (2, dim) or (n, 2, dim), for unit features (n, ..., dim)."""
     if text.ndim == 2:
-        return (features @ text.to(features).T / TEMPERATURE).softmax(-1)[..., 1]
+        return bad_share(features, text, 1 / TEMPERATURE)
     flat = features.flatten(1, -2) if features.ndim > 2 else features[:, None]
     found = (flat @ text.to(features).transpose(1, 2) / TEMPERATURE).softmax(-1)[..., 1]
     return found.view(features.shape[:-1])

@@ -26,7 +26,7 @@ from ..errors import check_range
 from ..registry import method
 from ..zeroshot.sentences import encode
 from .detector import AnomalyDetector
-from .states import sentences, state_vectors
+from .states import bad_share, sentences, state_vectors
 from .value_path import value_patches
 
 NOISE = 0.05 * 1.1  # variance
@@ -128,14 +128,9 @@ class AnoVL(AnomalyDetector):
         if self.steps and self.mix:
             spread = torch.from_numpy(self.sentences_)
             patches = torch.stack([adapted(z, text, spread, self.steps, self.mix, self.lr) for z in patches])
-        heat = share(patches, text)
+        heat = bad_share(patches, text)
         heat = F.avg_pool2d(F.pad(heat[:, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[:, 0]
-        return heat, share(described["image"], text).numpy()
-
-
-def share(features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Probability of the second of two texts by the bare cosines, for unit features (..., dim)."""
-    return (features @ text.to(features).T).softmax(-1)[..., 1]
+        return heat, bad_share(described["image"], text).numpy()
 
 
 def adapted(
@@ -153,7 +148,7 @@ def adapted(
     """
     draw = torch.Generator().manual_seed(seed)
     dim, bound = patches.shape[-1], patches.shape[-1] ** -0.5
-    spread, target = spread.to(patches), share(patches, text).detach()
+    spread, target = spread.to(patches), bad_share(patches, text).detach()
     weight = ((2 * torch.rand(len(spread), dim, generator=draw) - 1) * bound).to(patches)
     bias = ((2 * torch.rand(len(spread), generator=draw) - 1) * bound).to(patches)
 
@@ -166,8 +161,8 @@ def adapted(
         optimizer = torch.optim.AdamW([weight, bias], lr=lr)
         for _ in range(steps):
             noise = math.sqrt(NOISE) * torch.randn(patches.shape, generator=draw).to(patches)
-            clean = share(adapt(patches), text).clamp(1e-6, 1 - 1e-6)
-            dirty = share(adapt(patches + noise), text).clamp(min=1e-6)
+            clean = bad_share(adapt(patches), text).clamp(1e-6, 1 - 1e-6)
+            dirty = bad_share(adapt(patches + noise), text).clamp(min=1e-6)
             loss = F.binary_cross_entropy(clean, target) - 0.5 * dirty.log().mean()
             optimizer.zero_grad()
             loss.backward()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from ..encoders.layers import layer_index
 from ..errors import BadImage, ClipworksError, check_range
 from ..metrics.conformal import conformal_quantile
 
@@ -116,7 +117,8 @@ def grids(encoder: Any, pixels: torch.Tensor, layers: Sequence[int | str] | None
     tower = encoder.visual
     chosen = default_layers(tower) if layers is None else list(layers)
     stem = [int(name[4:]) for name in chosen if isinstance(name, str) and name[:4] == "stem" and name[4:].isdigit()]
-    blocks = [name for name in chosen if isinstance(name, int)]
+    depth = 4 if tower.config.kind == "resnet" else tower.config.depth
+    blocks = [layer_index("layers", name, depth) for name in chosen if isinstance(name, int)]
     if not chosen or len(stem) + len(blocks) < len(chosen):
         raise ClipworksError(f"layers must hold numbers of blocks, or names such as 'stem8'. Got {layers!r}.")
     seams: dict[str, Any] = {"output_stem": stem} if stem else {}

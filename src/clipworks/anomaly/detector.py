@@ -168,6 +168,13 @@ class AnomalyDetector(OutlierMixin, BaseEstimator, ABC):
         with torch.no_grad():
             return self._describe(pixels)
 
+    def _many(self, images: Any, argument: str = "images") -> dict[str, torch.Tensor]:
+        """Features of all images of a source, for a detector that is trained on them at once."""
+        parts = [self._described(batch.pixels) for batch in views(images, self._model, self.side_)]
+        if not parts:
+            raise ClipworksError(f"{argument} must hold at least one image. Got none.")
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     def _maps(self, described: dict[str, torch.Tensor], without: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         maps, scores = self._judge(described, without)
         large = smooth(maps, self.side_, self.sigma)

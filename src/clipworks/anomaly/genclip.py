@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..encoders.layers import layer_index
 from ..errors import ClipworksError, check_range
 from ..registry import method
 from .adapters import StatePrompts, check_training, map_loss, spread_layers, states, train
-from .common import views
 from .detector import AnomalyDetector
 
 STATES, OBJECT = ("good {}", "damaged {}"), "object"
@@ -118,9 +118,8 @@ class GenCLIP(AnomalyDetector):
         """
         self._open()
         self._prepare()
-        parts = [self._described(batch.pixels) for batch in views(images, self._model, self.side_)]
-        described = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-        masks = check_training(len(described.get("image", ())), masks)
+        described = self._many(images)
+        masks = check_training(len(described["image"]), masks)
         label = masks.flatten(1).amax(1)
         small = F.adaptive_max_pool2d(masks[:, None], described["layer0"].shape[1:3])[:, 0]
         found = self._fresh()
@@ -146,7 +145,8 @@ class GenCLIP(AnomalyDetector):
         blocks = getattr(self._model.visual, "blocks", None)
         if blocks is None:
             raise ClipworksError("encoder must have an image transformer. Got a ResNet.")
-        self._chosen = spread_layers(len(blocks)) if self.layers is None else list(self.layers)
+        chosen = spread_layers(len(blocks)) if self.layers is None else self.layers
+        self._chosen = [layer_index("layers", layer, len(blocks)) for layer in chosen]
 
     def _fresh(self) -> Prompts:
         return Prompts(self._model, self.tokens, len(self._chosen), self.seed)
@@ -160,10 +160,10 @@ class GenCLIP(AnomalyDetector):
         tower = self._model.visual
         embedded = tower.stem(pixels.to(self._model.dtype))
         output = tower.run(embeddings=embedded, output_layers=self._chosen)
-        recalled = [embedded.flatten(2).transpose(1, 2)] if tower.memory is not None else []
+        cells = embedded.flatten(2).transpose(1, 2)
         found = {"image": F.normalize(output.pooled.float(), dim=-1)}
         for number, layer in enumerate(self._chosen):
-            patches = tower.project(output.layers[layer][:, output.prefix :], *recalled)
+            patches = tower.project(output.layers[layer][:, output.prefix :], cells)
             found[f"layer{number}"] = F.normalize(patches.float(), dim=-1).unflatten(1, output.grid)
         names = [f"a photo of a {self.name}", f"a photo of an {OBJECT}"]
         closer = found["image"] @ self._model.texts(names).to(found["image"]).T

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import ClipworksError, check_choice
 from ..zeroshot.sentences import as_vectors, encode, unit
@@ -70,3 +71,8 @@ def state_vectors(text: Any, name: str, encoder: Any, ensemble: str = "winclip")
     if len(found) != 2:
         raise ClipworksError(f"text must hold two vectors, of good and of defective things. Got {len(found)}.")
     return found
+
+
+def bad_share(features: torch.Tensor, text: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Probability of the second of two unit texts (2, dim), by their scaled cosines with unit features (..., dim)."""
+    return (scale * (features @ text.to(features).T)).softmax(-1)[..., 1]

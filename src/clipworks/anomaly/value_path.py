@@ -42,7 +42,7 @@ def value_layers(
     usual = tower.run(embeddings=embedded)
     start = tower.run(embeddings=embedded, stop=0)
     tokens = second = start.tokens
-    recalled = [embedded.flatten(2).transpose(1, 2)] if tower.memory is not None else []
+    cells = embedded.flatten(2).transpose(1, 2)
     found = {}
     for number, block in enumerate(tower.blocks):
         if number >= first:
@@ -50,7 +50,7 @@ def value_layers(
         tokens = block(tokens)[0]
         second = tokens if number < first else second
         if number in asked:
-            patches = tower.project(second[:, start.prefix :], *recalled)
+            patches = tower.project(second[:, start.prefix :], cells)
             found[number] = F.normalize(patches.float(), dim=-1).unflatten(1, usual.grid)
     return [found[layer] for layer in asked], F.normalize(usual.pooled.float(), dim=-1)
 

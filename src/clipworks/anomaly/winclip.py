@@ -29,7 +29,7 @@ from ..errors import ClipworksError, check_choice
 from ..registry import method
 from .common import Memory
 from .detector import FOLDS, AnomalyDetector
-from .states import state_vectors
+from .states import bad_share, state_vectors
 
 TOWARDS = ("normal", "abnormal")
 
@@ -116,7 +116,7 @@ class WinCLIP(AnomalyDetector):
         embedded = visual.stem(pixels.to(self._model.dtype))
         output = visual.run(embeddings=embedded)
         rows, columns = output.grid
-        patches = visual.project(output.patches, *([embedded.flatten(2).transpose(1, 2)] if visual.memory else []))
+        patches = visual.project(output.patches, embedded.flatten(2).transpose(1, 2))
         found = {"1": patches, "image": output.pooled}
         for side in self.windows:
             places = window_places(rows, columns, side)
@@ -151,11 +151,6 @@ class WinCLIP(AnomalyDetector):
             unlike = torch.stack(remembered).mean(0)
             heat, score = heat + unlike, (whole + unlike.amax(1)) / 2
         return heat.view(-1, rows, columns), score.numpy()
-
-
-def bad_share(features: torch.Tensor, text: torch.Tensor, scale: float) -> torch.Tensor:
-    """Probability of the second of two texts (2, dim) for unit features (..., dim)."""
-    return (scale * (features @ text.to(features).T)).softmax(-1)[..., 1]
 
 
 def window_places(rows: int, columns: int, side: int) -> torch.Tensor:
