@@ -75,7 +75,7 @@ def test_the_command(place, capsys, monkeypatch):
 
 def test_the_nearest_known_image_needs_no_word_that_fits(place):
     """The only name is that of no image here, so words tell nothing; known images do."""
-    found = find_unknown(place / "new", ["blue"], place / "known", encoder=Colours(), score="nearest")
+    found = find_unknown(place / "new", ["blue"], place / "known", encoder=Colours())
     assert found.labels == ["blue", "none of these", "blue"]
     files = [file for lot in ("known", "new") for file in sorted((place / lot).glob("*"))]
     rows = np.array([np.asarray(Image.open(file), np.float64).mean((0, 1)) / 255 + 1e-3 for file in files])
@@ -84,6 +84,22 @@ def test_the_nearest_known_image_needs_no_word_that_fits(place):
     others = sorted(max(known[i] @ known[j] for j in range(40) if j != i) for i in range(40))
     np.testing.assert_allclose(found.scores, [max(x @ k for k in known) for x in new], atol=1e-6)
     assert found.threshold == pytest.approx(others[1], abs=1e-6)  # the second lowest: 0.05 of 41 is 2.05
+
+
+@pytest.mark.parametrize("score", ["mcm", "msp", "max_logit", "energy"])
+def test_scores_of_words_are_those_of_open_set(place, score):
+    from clipworks.zeroshot.open_set import OpenSet
+
+    encoder, names = Colours(), ["red", "green"]
+    found = find_unknown(place / "new", names, place / "known", encoder=encoder, score=score, rate=0.1)
+    known, new = (
+        encoder.images(torch.stack([encoder.preprocess(file) for file in sorted((place / lot).glob("*"))]))
+        for lot in ("known", "new")
+    )
+    judge = OpenSet(encoder.texts(names), score=score, rate=0.1, scale=10.0, names=names).fit(known)
+    np.testing.assert_allclose(found.scores, judge.score_samples(new), atol=1e-6)
+    assert found.threshold == pytest.approx(judge.threshold_, abs=1e-6)
+    assert found.labels == judge.predict(new).tolist()
 
 
 def test_bad_images_of_both_sources_are_told(place):

@@ -34,7 +34,7 @@ def ood(
 
     \b
     Examples:
-      clipworks ood new --names cat,dog,bird --known photos --score nearest --unknown-only
+      clipworks ood new --names cat,dog,bird --known photos --unknown-only
       clipworks ood mixed --names names.txt --score energy --json
     """
     from ..ood.unknown import find_unknown

@@ -1,4 +1,9 @@
-"""`find_unknown`: which images of a source show none of the given names."""
+"""`find_unknown`: which images of a source show none of the given names.
+
+Images of the classes say more than their names (`docs/inspecting.md`): a name may mean nothing to the model, and of two
+names for one thing neither wins. Where there are any, an image's score is its cosine with the most similar of them, and
+the threshold is taken from that of every one of them with the others.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,12 @@ import numpy as np
 from ..errors import BadImage, ClipworksError, check_choice, naming
 from ..zeroshot.classifier import check_names, class_vectors
 from ..zeroshot.open_set import SCORES, OpenSet, fewest, lower_threshold
+from .common import UNKNOWN
 
 if TYPE_CHECKING:
     from ..data.sources import Source
     from ..encoders.encoder import Encoder
 
-UNKNOWN = "none of these"
 NEAREST = "nearest"
 MIXED = 4  # images from which on two humps can be looked for
 
@@ -56,7 +61,7 @@ def find_unknown(
     names: Sequence[str],
     known: Any = None,
     *,
-    score: str = "mcm",
+    score: str | None = None,
     rate: float = 0.05,
     encoder: str | Encoder | None = None,
     templates: str | Sequence[str] = "default",
@@ -70,8 +75,9 @@ def find_unknown(
     names : class names in words a reader would use
     known : other images of these classes, unlabelled, which set the threshold; None takes the images themselves for a
         mixed lot and cuts between the two humps of their scores, also where there is no stranger among them
-    score : by words "mcm", "msp" (which compare several names with each other), "max_logit" or "energy"; "nearest" is
-        the cosine with the most similar image of `known` and needs no word that fits
+    score : "nearest", the cosine with the most similar image of `known` (default, where they are given); or of words
+        alone "mcm" (default without `known`) and "msp", which weigh several names against each other, "max_logit",
+        "energy"
     rate : share of images of the classes that may be refused, where `known` is given (about, with "nearest")
     encoder : a model's name, a path or an encoder (default: the bundled one)
     templates : name of a set (default, simple, name, imagenet), a sentence with {} for the name, or several
@@ -87,7 +93,7 @@ def find_unknown(
     names = check_names(names)
     if UNKNOWN in names:
         raise ClipworksError(f"names must not hold {UNKNOWN!r}, the label of images that show none of them.")
-    check_choice("score", score, (*SCORES, NEAREST))
+    score = check_choice("score", score or ("mcm" if known is None else NEAREST), (*SCORES, NEAREST))
     if score == NEAREST and known is None:
         raise ClipworksError(f"known must be images of the classes where score is {NEAREST!r}. Got None.")
     need = MIXED if known is None else fewest(rate)
