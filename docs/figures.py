@@ -166,6 +166,18 @@ def by_set(found: dict[str, Any], metric: str) -> str:
     return "\n".join(lines)
 
 
+def stored() -> str:
+    """Return the table of few-shot inspection: accuracy over the number of stored images."""
+    found = {name: part for name, part in results("inspection_curve").items() if name != "settings"}
+    sizes = list(next(iter(next(iter(found.values())).values())))
+    lines = [f"| images of each class | {' | '.join(sizes)} |", "|---" + "|---:" * len(sizes) + "|"]
+    for name, ways in found.items():
+        for way, row in ways.items():
+            cells = (" ± ".join(f"{value:.2f}" for value in row[size]["accuracy"]) for size in sizes)
+            lines.append(f"| {name}, {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def unknown() -> str:
     """Return the table of unknown classes across data sets."""
     found = results("ood")["mean and spread"]
@@ -199,7 +211,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-TABLES = {PEERS: (table,), SERVING: (served,), RELIABILITY: (counted,), INSPECTING: (inspected, unknown),
+TABLES = {PEERS: (table,), SERVING: (served,), RELIABILITY: (counted,), INSPECTING: (inspected, stored, unknown),
           BENCHMARKING: (learned,)}  # fmt: skip
 
 
