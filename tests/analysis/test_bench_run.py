@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from clipworks.data.shots import Split
 from clipworks.encoders.loading import save
 from clipworks.encoders.tokenizers.bpe import CLIPTokenizer
 from clipworks.encoders.toy import toy_encoder
-from clipworks.errors import BadImage, ClipworksError, UnknownName
+from clipworks.errors import ClipworksError, UnknownName
 from clipworks.registry import get_method, methods
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
@@ -113,8 +114,6 @@ def test_the_same_command_does_nothing_twice_and_adds_what_is_new(options):
 
 def test_another_image_is_another_run(options, tmp_path, room):
     """Same names, other pixels: vectors and results are made anew."""
-    import shutil
-
     shutil.copytree(room / "colours", tmp_path / "colours")
     options |= {"data": {"colours": tmp_path / "colours"}, "shots": [1], "seeds": [1]}
     bench(**options)
@@ -234,14 +233,71 @@ def test_descriptions_reach_the_methods_that_take_them(options, tmp_path, known)
     assert bench(**options).ran == 3, "other descriptions are other runs"
 
 
-def test_an_image_that_cannot_be_read_stops_it_by_name(options, tmp_path, room):
-    import shutil
+@pytest.fixture
+def damaged(options, tmp_path, room):
+    """A copy of the set, in which one image to learn from and one to test on are no pictures; which these are."""
+    bench(**{**options, "shots": [2], "out": tmp_path / "before"})
+    splits = [Split.from_json(path.read_text()) for path in sorted((tmp_path / "before" / "splits").iterdir())]
+    split = next(split for split in splits if split.train)
+    shutil.copytree(room / "colours", tmp_path / "colours")
+    victims = [split.train[0][0], split.tests["test"][0][0]]
+    for key in victims:
+        (tmp_path / "colours" / key).write_bytes(b"not a picture")
+    options["data"] = {"colours": tmp_path / "colours"}
+    return victims
 
+
+def test_an_image_that_cannot_be_read_is_left_out_by_name_and_another_drawn(options, damaged):
+    done = bench(**options)
+    assert sorted(error.key for error in done.unreadable) == sorted(damaged)
+    assert (done.ran, done.failed) == (9, 0)
+    for path in (options["out"] / "splits").iterdir():
+        split = Split.from_json(path.read_text())
+        assert len(split.train) == split.setting["shots"] * len(COLOURS)
+        keys = [key for key, _ in [*split.train, *split.validation, *split.tests["test"]]]
+        assert not set(damaged) & set(keys)
+    again = bench(**options)
+    assert (again.ran, again.skipped, len(again.unreadable)) == (0, 9, 2)
+
+
+def test_an_image_that_cannot_be_read_is_told_on_the_command_line(options, damaged, tmp_path, capsys):
+    words = ["bench", "--data", f"colours={tmp_path / 'colours'}", "--out", str(tmp_path / "shell"), "--shots", "2",
+             "--model", options["model"][0], "--methods", "nearest_mean"]  # fmt: skip
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert all(f"clipworks: left out: image '{key}': is not a known image format" in err for key in damaged)
+
+
+def test_a_class_of_which_no_image_can_be_read_stops_it_by_name(options, tmp_path, room):
     shutil.copytree(room / "colours", tmp_path / "colours")
     for path in (tmp_path / "colours" / "blue").iterdir():
         path.write_bytes(b"not a picture")
-    with pytest.raises(BadImage, match="blue/"):
+    with pytest.raises(ClipworksError, match=r"Got none of 'blue': image 'blue/"):
         bench(**{**options, "data": {"colours": tmp_path / "colours"}})
+
+
+def test_damaged_files_of_the_work_folder_are_made_again(options, capsys):
+    bench(**options)
+    for path in [*(options["out"] / "features").rglob("*.np?"), *(options["out"] / "splits").iterdir()]:
+        path.write_bytes(path.read_bytes()[:200])
+    victim, *others = files(options["out"])
+    bench(**{**options, "methods": ["knn(k=1)"]})
+    victim.write_text("{broken")
+    with pytest.warns(UserWarning, match=f"{victim.name} is left out, as it is not JSON"):
+        assert len(read_runs(options["out"] / "runs")) == len(others) + 4
+    assert all(Split.from_json(path.read_text()) for path in (options["out"] / "splits").iterdir())
+    assert bench(**options).ran == 1
+
+
+def test_a_set_that_cannot_be_learned_or_tested_is_refused(options, tmp_path, room):
+    shutil.copytree(room / "colours" / "red", tmp_path / "one" / "red")
+    with pytest.raises(ClipworksError, match=r"must have at least 2 classes\. Got 'red' alone"):
+        bench(**{**options, "data": {"one": tmp_path / "one"}})
+    for name in COLOURS:
+        (tmp_path / "single" / name).mkdir(parents=True)
+        shutil.copy(room / "colours" / name / "00.png", tmp_path / "single" / name)
+    with pytest.raises(ClipworksError, match="no class has more than 1: nothing is left to test on"):
+        bench(**{**options, "data": {"single": tmp_path / "single"}})
 
 
 @pytest.mark.parametrize(
@@ -256,6 +312,7 @@ def test_an_image_that_cannot_be_read_stops_it_by_name(options, tmp_path, room):
         ({"protocol": ["cross"]}, "others to test on"),
         ({"protocol": ["domains"]}, "needs a set with domains"),
         ({"shots": []}, "shots must be distinct numbers"),
+        ({"shots": [0, 1]}, r"shots must lie in \[1, inf\]. Got 0"),
         ({"seeds": [1, 1]}, "seeds must be distinct"),
         ({"validation": "test"}, "validation must be one of"),
         ({"data": []}, "data must name at least one set"),

@@ -12,7 +12,7 @@ import pytest
 from clipworks.errors import ClipworksError
 from clipworks.zeroshot import endpoint as module
 from clipworks.zeroshot.description_sources import described_by, told_apart_by
-from clipworks.zeroshot.endpoint import Endpoint, NoAnswer, check_url, write_json
+from clipworks.zeroshot.endpoint import Endpoint, NoAnswer, check_url
 
 HELLO = [{"role": "user", "content": "What are useful features for distinguishing a hen in a photo?"}]
 
@@ -153,15 +153,6 @@ def test_nothing_of_a_failure_is_kept(server, tmp_path):
     with pytest.raises(NoAnswer):
         Endpoint(server, "broken-3", retries=1, cache=tmp_path)(HELLO)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "deep" / "a.json"
-    write_json(path, {"a": "ä"})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
-    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize(

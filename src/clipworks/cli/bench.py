@@ -84,6 +84,8 @@ def _tell(done: Any) -> None:
         note(f"clipworks: {name} does not take part: {reason}")
     for name, reason in done.not_applicable.items():
         note(f"clipworks: {name} left out: {reason}")
+    for error in done.unreadable:
+        note(f"clipworks: left out: {error}")
     failed = f", {done.failed} failed (the file of each says why)" if done.failed else ""
     note(f"{done.ran} runs done, {done.skipped} had been done before{failed}: {done.out}")
 

@@ -48,6 +48,10 @@ def with_parts(data: LabelledSet, seed: int = 0) -> LabelledSet:
         ends = [max(1, round(SHARES[0] * len(rows))), round((SHARES[0] + SHARES[1]) * len(rows))]
         part[rows] = np.searchsorted(ends, np.arange(len(rows)), side="right")
     parts = {name: np.flatnonzero(part == i) for i, name in enumerate(("train", "validation", "test"))}
+    if not len(parts["test"]):
+        largest = np.bincount(data.y).max()
+        raise ClipworksError(f"data {data.name!r} must have images to train and to test on. It is not split, and no "
+                             f"class has more than {largest}: nothing is left to test on.")  # fmt: skip
     return dataclasses.replace(data, parts={name: rows for name, rows in parts.items() if len(rows)})
 
 

@@ -1,51 +1,41 @@
-"""Files of what was learned: named tensors with the settings and class names, without the encoder."""
+"""Files of learned inputs: named tensors with the settings and class names, without the encoder."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..errors import BadWeights, ClipworksError
 from ..registry import get_method, methods
-from ..training.checkpoint import write_atomically
+from ..training import learned
 
 if TYPE_CHECKING:
     from .common import PromptMethod
 
-KEY = "clipworks"
+KEY, FORMAT = "clipworks", 1
 
 
 def write_learned(path: Any, method: PromptMethod, fingerprint: str) -> None:
     """Write the learned tensors of a fitted method as safetensors, with all that `read_learned` returns."""
     settings = {k: v for k, v in method.get_params(deep=False).items() if k not in ("encoder", "names")}
     record = {
-        "format": 1,
+        "format": FORMAT,
         "method": _name(type(method)),
         "settings": settings,
         "names": list(method.names_),
         "labels": "numbers" if method.classes_.dtype.kind in "iu" else "names",
         "encoder": fingerprint,
     }
-    tensors = {name: value.contiguous() for name, value in method.learned_.items()}
-    write_atomically(Path(path), lambda file: save_file(tensors, file, metadata={KEY: json.dumps(record)}))
+    learned.write_learned(path, KEY, record, method.learned_)
 
 
 def _read(path: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Record and tensors of a file."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get(KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-    except (OSError, SafetensorError, ValueError) as error:
-        raise BadWeights(f"{path} cannot be read: {error}.") from error
-    if not isinstance(record, dict) or record.get("format") != 1:
-        raise BadWeights(f"{path} holds no learned inputs of this library.")
+    record, tensors = learned.read_learned(path, KEY, "learned inputs")
+    if record.get("format") != FORMAT:
+        raise BadWeights(f"{path} is of format {record.get('format')!r:.20}, this library reads {FORMAT}.")
     return record, tensors
 
 

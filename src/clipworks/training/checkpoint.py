@@ -1,23 +1,23 @@
 """Checkpoints that a power cut cannot break: safetensors for tensors, JSON for the rest, no pickle.
 
-A checkpoint is two files. The tensors are written first, the JSON with their SHA-256 last, each through a temporary
-file, fsync and `os.replace`; so a JSON that is there vouches for its tensors, and anything else is ignored.
+A checkpoint is two files. The tensors are written first, the JSON with their SHA-256 last, each in one move
+(`atomic`); so a JSON that is there vouches for its tensors, and anything else is ignored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from ..atomic import write_atomically, write_json
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})\.json$")
@@ -40,13 +40,9 @@ def save_checkpoint(
     -------
     path of the JSON file
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / f"step-{step:09d}.safetensors"
-    temporary = weights.with_suffix(".safetensors.tmp")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-    _sync(temporary)
-    size, digest = temporary.stat().st_size, file_digest(temporary)
-    os.replace(temporary, weights)
+    values = {name: value.contiguous() for name, value in tensors.items()}
+    weights = write_atomically(folder / f"step-{step:09d}.safetensors", lambda file: save_file(values, file))
+    size, digest = weights.stat().st_size, file_digest(weights)
     record = {"format": FORMAT, "step": step, "bytes": size, "sha256": digest, **state}
     path = write_json(weights.with_suffix(".json"), record)
     for old in checkpoints(folder)[keep:]:
@@ -92,22 +88,6 @@ def read_tensors(weights: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{weights} cannot be read: {error}") from error
 
 
-def write_json(path: Path, value: Any) -> Path:
-    """Write JSON atomically."""
-    return write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a temporary file beside `path`, sync it, and put it in place in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-    return path
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     state = hashlib.sha256()
@@ -115,11 +95,3 @@ def file_digest(path: Path) -> str:
         while block := stream.read(1 << 20):
             state.update(block)
     return state.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

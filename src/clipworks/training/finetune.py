@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from ..atomic import write_atomically, write_json
 from ..data.item import Item
 from ..errors import ClipworksError, check_choice, check_range, closest
 from ..zeroshot.classifier import class_vectors
 from ..zeroshot.templates import resolve_templates
 from .augment import Augment, resolve_augment
-from .checkpoint import write_atomically, write_json
 from .evaluate import Probe, evaluate
 from .feed import open_items
 from .gather import rank

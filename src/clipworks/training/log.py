@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_text
 from ..errors import need
-from .checkpoint import write_atomically
 
 
 class Log:
@@ -24,7 +24,7 @@ class Log:
     def __init__(self, path: Path, *, step: int = 0, tensorboard: bool = False):
         kept = [line for line in read_log(path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(path, text)
         self.stream = path.open("a", encoding="utf-8")
         self.board = None
         if tensorboard:

@@ -14,16 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from ..atomic import write_atomically, write_json
 from ..errors import ClipworksError, check_choice, need
-from .checkpoint import (
-    checkpoints,
-    newest_checkpoint,
-    read_state,
-    read_tensors,
-    save_checkpoint,
-    write_atomically,
-    write_json,
-)
+from .checkpoint import checkpoints, newest_checkpoint, read_state, read_tensors, save_checkpoint
 from .ema import EMA
 from .gather import agree, processes, rank
 from .optim import BETAS, adamw, parameter_groups, still

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from ..atomic import write_atomically
 from ..data.item import Item
 from ..encoders.preprocess import Preprocess
 from ..errors import BadImage, ClipworksError
 from ..progress import Progress
 from .augment import Augment, open_image
-from .checkpoint import write_atomically
 from .gather import processes, rank
 
 SHARD = 512  # samples

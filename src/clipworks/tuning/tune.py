@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..atomic import write_json
 from ..data.item import Item
 from ..data.shots import draw
 from ..encoders.loading import resolve
 from ..errors import ClipworksError, check_choice, check_range, closest
 from ..metrics.retrieval import image_retrieval
 from ..registry import MethodInfo, get_method, methods
-from ..training.checkpoint import write_json
 from ..training.evaluate import Probe, recalls, zeroshot
 from ..training.feed import open_items
 from ..zeroshot.classifier import class_vectors

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..atomic import write_json
 from ..errors import ClipworksError, check_range, need
 from ..progress import Progress
 from .classifier import check_names
 from .descriptions import PairDescriptions, PairSource, Source, descriptions_of, parse_answer, read_descriptions
-from .endpoint import Messages, NoAnswer, write_json
+from .endpoint import Messages, NoAnswer
 
 Model = Callable[[Messages], str]
 T = TypeVar("T")
@@ -179,7 +180,7 @@ def write_descriptions(
         table[name] = list(ask(name))
 
     open_names = [n for n in check_names(names) if overwrite or n not in table]
-    return _each(open_names, take, lambda: write_json(path, table), progress)
+    return _each(open_names, take, lambda: write_json(path, table, ensure_ascii=False), progress)
 
 
 def write_pairs(
@@ -198,10 +199,10 @@ def write_pairs(
         raise ClipworksError(f"names must be at least two to be told apart. Got {names[0]!r} alone.")
     pairs = itertools.combinations(sorted(names), 2)
     open_pairs = [two for two in pairs if overwrite or two not in table]
-    return _each(open_pairs, take, lambda: write_json(path, PairDescriptions(table).as_rows()), progress)
+    return _each(open_pairs, take, lambda: PairDescriptions(table).write(path), progress)
 
 
-def _each(items: list[T], take: Callable[[T], None], save: Callable[[], None], progress: bool | None) -> dict[T, str]:
+def _each(items: list[T], take: Callable[[T], None], save: Callable[[], Any], progress: bool | None) -> dict[T, str]:
     """Take item by item, saving now and then and at the end, however it comes; returns the failures."""
     failures: dict[T, str] = {}
     running, unsaved, saved = 0, False, time.monotonic()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_json
 from ..errors import ClipworksError, closest
 
 Source = Mapping[str, Sequence[str]] | str | Path | Callable[[str], Sequence[str]]
@@ -170,7 +171,7 @@ class PairDescriptions:
 
     def write(self, path: str | Path) -> None:
         """Write a JSON file: a list of {"names": [a, b], "sentences": [[for a, for b], ...]}."""
-        Path(path).write_text(json.dumps(self.as_rows(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(Path(path), self.as_rows(), ensure_ascii=False)
 
     def as_rows(self) -> list[dict[str, list]]:
         """The content of the file, sorted by names."""

@@ -12,7 +12,6 @@ import http.client
 import json
 import os
 import ssl
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..atomic import write_json
 from ..errors import ClipworksError, check_range
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # answers after which the same request may succeed
@@ -127,7 +127,7 @@ class Endpoint:
         answer = self._ask(json.dumps(question).encode())
         self.usage.asked += 1
         if place is not None:
-            write_json(place, question | {"answer": answer})
+            write_json(place, question | {"answer": answer}, ensure_ascii=False)
         return answer
 
     def _place(self, question: dict[str, Any]) -> Path | None:
@@ -217,20 +217,6 @@ def check_url(url: str) -> str:
     if parts.query or parts.fragment:
         raise ClipworksError(f"url must end before ? and #. Got {url!r}.")
     return url.rstrip("/").removesuffix("/chat/completions")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all: beside its place, then moved there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _kept(place: Path | None) -> str | None:

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from ...atomic import write_atomically
+from ...data.item import Item
 from ...data.labelled import LabelledSet
-from ...data.loader import load_batches
+from ...data.loader import Batch, load_batches
+from ...errors import BadImage
 from ...progress import Progress
 
 AT_ONCE = 2048  # images between two savings of the cache
@@ -43,24 +46,39 @@ class FeatureCache:
         Raises
         ------
         BadImage
-            For an image that cannot be used: a benchmark leaves nothing out.
+            For the first image that cannot be used; `fill` says which these are.
         """
-        digests = [data.items[row].digest for row in rows]
+        for error in self.fill(data, rows):
+            raise error
         place, table = self._read(data.name)
-        missing = {digest: row for row, digest in zip(rows, digests, strict=True) if digest not in place}
-        work = list(missing.items())
+        return table[[place[data.items[row].digest] for row in rows]]
+
+    def fill(self, data: LabelledSet, rows: np.ndarray) -> list[BadImage]:
+        """Compute what the cache lacks of some images of a set; returns the images that cannot be used."""
+        place, table = self._read(data.name)
+        missing: dict[str, Item] = {}
+        errors: list[BadImage] = []
+        for item in (data.items[row] for row in rows):
+            try:
+                if item.digest not in place:
+                    missing[item.digest] = item
+            except BadImage as error:
+                errors.append(error)
+        work = list(missing.values())
         for start in range(0, len(work), AT_ONCE):
             part = work[start : start + AT_ONCE]
-            items = [data.items[row] for _, row in part]
-            batches = load_batches(items, self.encoder.preprocess, self.batch_size)
-            label = f"{data.name}: embedding"
-            bar = Progress(batches, len(items), label, unit=len, enabled=self.progress)
-            new = np.concatenate([np.asarray(self.encoder.images(b.pixels), np.float32) for b in bar])
-            table = new if not len(table) else np.concatenate([table, new])
-            place |= {digest: len(place) + i for i, (digest, _) in enumerate(part)}
-            self._write(data.name, place, table)
-        self.known[data.name] = place, table
-        return table[[place[digest] for digest in digests]]
+            batches = load_batches(part, self.encoder.preprocess, self.batch_size, on_error="report")
+            new = [table] if len(table) else []
+            for batch in Progress(batches, len(part), f"{data.name}: embedding", unit=_taken, enabled=self.progress):
+                errors += batch.errors
+                if len(batch):
+                    place |= {item.digest: len(place) + i for i, item in enumerate(batch.items)}
+                    new.append(np.asarray(self.encoder.images(batch.pixels), np.float32))
+            if new:
+                table = np.concatenate(new)
+                self.known[data.name] = place, table
+                self._write(data.name, place, table)
+        return errors
 
     def words(self, names: Sequence[str], templates: str | Sequence[str]) -> np.ndarray:
         """Unit vectors (C, dim) of class names."""
@@ -69,24 +87,23 @@ class FeatureCache:
 
         key = hashlib.sha256(json.dumps([list(names), resolve_templates(templates)]).encode()).hexdigest()[:24]
         path = self.folder / f"words-{key}.npy"
-        if not path.exists():
-            rows = class_vectors(names, self.encoder, templates=templates).numpy()
-            write_atomically(path, lambda file: np.save(file, rows))
-        return np.load(path)
+        kept = _kept(path)
+        if kept is None:
+            kept = class_vectors(names, self.encoder, templates=templates).numpy()
+            _keep(path, lambda file: np.save(file, kept))
+        return kept
 
     def _read(self, name: str) -> tuple[dict[str, int], np.ndarray]:
         if name not in self.known:
-            path = self._path(name)
             self.known[name] = {}, np.empty((0, 0), np.float32)
-            if path.exists():
-                with np.load(path, allow_pickle=False) as file:
-                    digests = [row.tobytes().hex() for row in file["digests"]]
-                    self.known[name] = {digest: i for i, digest in enumerate(digests)}, file["vectors"]
+            if (kept := _kept(self._path(name))) is not None:
+                digests = [row.tobytes().hex() for row in kept["digests"]]
+                self.known[name] = {digest: i for i, digest in enumerate(digests)}, kept["vectors"]
         return self.known[name]
 
     def _write(self, name: str, place: dict[str, int], table: np.ndarray) -> None:
         digests = np.frombuffer(bytes.fromhex("".join(place)), np.uint8).reshape(-1, 32)
-        write_atomically(self._path(name), lambda file: np.savez(file, digests=digests, vectors=table))
+        _keep(self._path(name), lambda file: np.savez(file, digests=digests, vectors=table))
 
     def _path(self, name: str) -> Path:
         return self.folder / f"images-{slug(name)}.npz"
@@ -101,17 +118,25 @@ def data_digest(data: LabelledSet, rows: np.ndarray) -> str:
     return state.hexdigest()
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Write a file beside its place and move it there when it is complete, so that nothing half is ever left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def _taken(batch: Batch) -> int:
+    return len(batch) + len(batch.errors)
+
+
+def _kept(path: Path) -> Any:
+    """The array of a file, or its arrays by name; None where there is none, or a damaged one, to be computed again."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        found = np.load(path, allow_pickle=False)
+        return found if isinstance(found, np.ndarray) else dict(found)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _keep(path: Path, save: Callable[[IO[bytes]], None]) -> None:
+    def write(place: Path) -> None:
+        with place.open("wb") as file:
+            save(file)
+
+    write_atomically(path, write)
 
 
 def slug(text: str) -> str:

@@ -96,6 +96,8 @@ class Grid:
 
     def parts(self, data: LabelledSet) -> LabelledSet:
         """The set with its parts, split once where it had none."""
+        if len(data.classes) < 2:
+            raise ClipworksError(f"data {data.name!r} must have at least 2 classes. Got {data.classes[0]!r} alone.")
         if id(data) not in self.splits:
             self.splits[id(data)] = with_parts(data)
         return self.splits[id(data)]

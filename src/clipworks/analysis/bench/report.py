@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ...atomic import write_text
 from ...errors import ClipworksError
-from .features import write_atomically
 from .figures import curves, rank_diagram
 from .ranking import interval, rank
 from .summary import Mean, Run, costs, curve, grouped
@@ -73,7 +73,7 @@ def write_report(runs: Sequence[Run], name: str | os.PathLike, notes: Sequence[s
              base.with_name(base.name + ".html"): html(sections),
              base.with_name(base.name + ".svg"): figures[0] if figures else ""}  # fmt: skip
     for path, text in texts.items():
-        write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        write_text(path, text)
     return list(texts)
 
 

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from ...atomic import write_text
 from ...data.labelled import LabelledSet, read_labelled
-from ...errors import ClipworksError, check_choice, check_range
+from ...data.shots import with_parts
+from ...errors import BadImage, ClipworksError, check_choice, check_range
 from ...progress import Progress
 from .contestants import Contestant, Material, Question, contestants
-from .features import FeatureCache, data_digest, slug, write_atomically
+from .features import FeatureCache, data_digest, slug
 from .protocols import Grid, Test, Trial, protocols, trials
 from .work import Job, encoder_of, results_of
 
@@ -41,6 +43,7 @@ class Done:
     ran, skipped, failed : numbers of runs; skipped ones were finished before, failed ones say why in their file
     left_out : method -> why it does not take part
     not_applicable : protocol and set -> why
+    unreadable : images that cannot be used; they are left out of their set before anything is drawn
     """
 
     out: Path
@@ -49,6 +52,7 @@ class Done:
     failed: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
     not_applicable: dict[str, str] = field(default_factory=dict)
+    unreadable: list[BadImage] = field(default_factory=list)
 
 
 def bench(
@@ -103,9 +107,9 @@ def bench(
     ------
     ClipworksError
         If a name, a folder or an option cannot be used.
-    BadImage
-        For an image that cannot be read; nothing is left out silently.
     """
+    from ...encoders.loading import load
+
     check_choice("validation", validation, VALIDATION)
     check_range("jobs", jobs, 1)
     for name in protocol:
@@ -113,15 +117,19 @@ def bench(
     for name, numbers in (("shots", shots), ("seeds", seeds)):
         if not numbers or len(set(numbers)) < len(numbers):
             raise ClipworksError(f"{name} must be distinct numbers, at least one. Got {list(numbers)}.")
+    for number in shots:
+        check_range("shots", number, 1)
     place = Path(out)
     taking_part, left_out = contestants(methods, descriptions is not None)
     done = Done(place, left_out=left_out)
     sets = _with_noise(_sets(data), noisy_labels)
     grid = Grid(list(shots), list(seeds), test_images, ratio)
-    found = _plan(protocol, sets, grid, done)
+    _plan(protocol, sets, grid, done)  # what cannot be planned is told before an encoder is loaded
     state = _state()
     for name in model:
-        work = _jobs(name, found, taking_part, place, validation, templates, descriptions, state, batch_size, progress)
+        cache = FeatureCache(place / "features", load(name), batch_size, progress)
+        sets, found = _embedded(cache, protocol, sets, grid, done)
+        work = _jobs(name, cache, found, taking_part, place, validation, templates, descriptions, state)
         pending = []
         for job in work:
             if _is_done(job.path, job.key):
@@ -171,14 +179,10 @@ def _plan(protocol: Sequence[str], sets: list[LabelledSet], grid: Grid, done: Do
 
 
 def _jobs(
-    model: str, found: list[Trial], taking_part: list[Contestant], place: Path, validation: str,
-    templates: str | None, descriptions: str | None, state: dict[str, Any], batch_size: int, progress: bool | None,
+    model: str, cache: FeatureCache, found: list[Trial], taking_part: list[Contestant], place: Path, validation: str,
+    templates: str | None, descriptions: str | None, state: dict[str, Any],
 ) -> Iterator[Job]:  # fmt: skip
-    from ...encoders.loading import load
-
-    encoder = load(model)
-    cache = FeatureCache(place / "features", encoder, batch_size, progress)
-    _embed_all(cache, found)
+    encoder = cache.encoder
     source = None if descriptions is None else _descriptions(descriptions)
     home = place / "runs" / f"{slug(Path(model).stem)}-{encoder.fingerprint[:8]}"
     first = min(trial.seed for trial in found)
@@ -191,9 +195,9 @@ def _jobs(
 
     for trial in found:
         split = trial.split()
-        path = place / "splits" / f"{split.digest[:16]}.json"
-        if not path.exists():
-            write_atomically(path, lambda file, split=split: file.write(split.to_json().encode()))
+        path, text = place / "splits" / f"{split.digest[:16]}.json", split.to_json()
+        if not _holds(path, text):
+            write_text(path, text)
         words = cache.words(trial.classes, templates or trial.data.templates)
         held = trial.validation if validation == "extra" and len(trial.validation[0]) else None
         described = None if source is None else _described(source, trial)
@@ -224,15 +228,38 @@ def _jobs(
             yield Job(home / slug(trial.data.name) / trial.protocol / file, config, key, one, material, tests, facts)
 
 
-def _embed_all(cache: FeatureCache, found: list[Trial]) -> None:
-    """Every image of every trial, a set at a time, so that the cache is filled in one go."""
+def _embedded(
+    cache: FeatureCache, protocol: Sequence[str], sets: list[LabelledSet], grid: Grid, done: Done
+) -> tuple[list[LabelledSet], list[Trial]]:
+    """The sets without the images that cannot be used, and all trials, whose images the cache holds now.
+
+    Where an image falls out, its set is drawn from anew: a class must not have a shot fewer than the others for it.
+    """
+    while True:
+        found = _plan(protocol, sets, dataclasses.replace(grid, splits={}), done)
+        bad = _embed_all(cache, found)
+        if not bad:
+            return sets, found
+        done.unreadable += [error for errors in bad.values() for error in errors]
+        for i, data in enumerate(sets):
+            if data.name in bad:
+                whole, left_out = with_parts(data), {error.key for error in bad[data.name]}
+                rows = [row for row, item in enumerate(whole.items) if item.key not in left_out]
+                sets[i] = whole.only(np.array(rows, int))
+                if lost := sorted(set(whole.classes) - set(sets[i].classes)):
+                    raise ClipworksError(f"data {data.name!r} must have images that can be used of every class. "
+                                         f"Got none of {lost[0]!r}: {bad[data.name][0]}.")  # fmt: skip
+
+
+def _embed_all(cache: FeatureCache, found: list[Trial]) -> dict[str, list[BadImage]]:
+    """Every image of every trial, a set at a time, into the cache; returns set -> what cannot be used."""
     wanted: dict[str, tuple[LabelledSet, list[np.ndarray]]] = {}
     for trial in found:
         pairs = [(trial.data, trial.rows), (trial.data, trial.validation[0])]
         for data, rows in pairs + [(t.data, t.rows) for t in trial.tests.values()]:
             wanted.setdefault(data.name, (data, []))[1].append(rows)
-    for data, parts in wanted.values():
-        cache.vectors(data, np.unique(np.concatenate(parts)))
+    bad = {data.name: cache.fill(data, np.unique(np.concatenate(parts))) for data, parts in wanted.values()}
+    return {name: errors for name, errors in bad.items() if errors}
 
 
 def _described(source: Any, trial: Trial) -> dict[str, list[str]]:
@@ -269,6 +296,13 @@ def _source(contestant: Contestant) -> str:
 
 def _key(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except (OSError, ValueError):
+        return False
 
 
 def _is_done(path: Path, key: str) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from ...errors import ClipworksError
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,9 @@ def _records(folder: Path) -> Iterable[dict[str, Any]]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ClipworksError(f"run {path} is not JSON: {error}") from error
+            warnings.warn(f"{path} is left out, as it is not JSON ({error}); the command that made it makes it again",
+                          stacklevel=2)  # fmt: skip
+            continue
         if isinstance(record, dict) and "config" in record:
             yield record
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from ...atomic import write_text
 from ...errors import ClipworksError
 from .contestants import Contestant, Material, Question
-from .features import write_atomically
 from .measure import Cost, score
 
 REPEATS = 3  # of the answer, for its time
@@ -90,7 +90,7 @@ def run_one(job: Job) -> bool:
     record = {"key": job.key, "config": job.config, **facts.pop("state"), **facts, **results,
               "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}  # fmt: skip
     text = json.dumps(record, indent=1, default=float) + "\n"
-    write_atomically(job.path, lambda file: file.write(text.encode()))
+    write_text(job.path, text)
     return "error" in results
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...atomic import write_atomically
 from ...errors import BadWeights, ClipworksError, check_choice
 from ..config import EncoderConfig
 from ..encoder import Encoder
@@ -106,7 +106,7 @@ def save(encoder: Encoder, path: str | os.PathLike, quantize: str | None = None)
     # clones: safetensors refuses tensors that share memory, and two names may well share it in a tied model
     data = serialise({n: t.clone() for n, t in values.items()}, metadata=metadata)
     try:
-        _write(path, data)
+        write_atomically(path, lambda file: file.write_bytes(data))
     except OSError as error:
         raise ClipworksError(f"path {str(path)!r} cannot be written: {error} ({len(data)} bytes needed).") from error
     return path
@@ -121,23 +121,6 @@ def _check_structure(encoder: Encoder, values: dict[str, torch.Tensor]) -> None:
             "encoder must have the modules of its configuration to be saved; merge or undo what was swapped in. "
             f"Added {few(extra)}, missing {few(missing)}, other shapes {few(sorted(wrong))}."
         )
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # -- eight bits ----------------------------------------------------------------------------------------------------
