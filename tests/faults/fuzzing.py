@@ -21,6 +21,7 @@ from clipworks.errors import ClipworksError
 
 SECONDS = 1.0  # of processor time for one mutant
 MEMORY = 192 << 20  # bytes by which the process may grow at any moment of a run
+INJECTED: Counter = Counter()  # inputs that `run` gave in the test that runs now, see conftest.py
 NUMBERS = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
 
 
@@ -122,6 +123,7 @@ def run(
     @given(strategy)
     def test(drawn: object) -> None:
         start, said = time.thread_time(), None
+        INJECTED["drawn"] += 1
         try:
             work(drawn)
         except error as refused:

@@ -323,15 +323,16 @@ def fuzz(count, seed):
 
 
 @pillow_warns
-def test_mutants_are_images_or_bad_images():
+def test_mutants_are_images_or_bad_images(record_property):
     read, refused = fuzz(1500, seed=1)
+    record_property("injected", read + refused)
     assert read > 100
     assert refused > 100
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory through resource")
-def test_twenty_thousand_mutants_under_a_memory_limit():
+def test_twenty_thousand_mutants_under_a_memory_limit(record_property):
     """In a process of its own, so that a crash of a decoder is seen as one."""
     code = (
         "import sys, resource, warnings, torch; warnings.simplefilter('ignore'); sys.path.insert(0, sys.argv[1])\n"
@@ -344,6 +345,7 @@ def test_twenty_thousand_mutants_under_a_memory_limit():
     assert done.returncode == 0, done.stderr[-2000:]
     read, refused = map(int, done.stdout.split())
     assert read + refused == 20_000
+    record_property("injected", read + refused)
 
 
 # -- names that are not names ------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def finish(uninterrupted, tmp_path):
     assert len(list((tmp_path / "c/items.lance/data").iterdir())) <= 1 + len(expected) // COMMIT
 
 
-def killings(warm, photos, tmp_path, count, kills, share):
+def killings(warm, photos, tmp_path, count, kills, share, record_property):
     """Kill runs over `count` photos `kills` times, each after at most a `share` of the images is encoded.
 
     Returns how many images were encoded once more than needed.
@@ -76,6 +76,7 @@ def killings(warm, photos, tmp_path, count, kills, share):
     found = warm(**plan)
     assert found["code"] == 0
     assert found["kills"] > kills / 2  # the others had ended
+    record_property("injected", found["kills"])
     assert same(Collection.open(tmp_path / "c"), Collection.open(tmp_path / "c.whole"))
     assert verify(tmp_path / "c").ok
     encoded = Counter((tmp_path / "log").read_text().split("\n")[:-1])
@@ -85,14 +86,14 @@ def killings(warm, photos, tmp_path, count, kills, share):
     return encoded.total() - count
 
 
-def test_killed_at_random_moments(warm, uninterrupted, tmp_path):
-    assert killings(warm, uninterrupted, tmp_path, 120, 8, 0.4) > 0  # some kills did fall into the work
+def test_killed_at_random_moments(warm, uninterrupted, tmp_path, record_property):
+    assert killings(warm, uninterrupted, tmp_path, 120, 8, 0.4, record_property) > 0  # some fell into the work
 
 
 @pytest.mark.slow
-def test_2000_images_killed_50_times(warm, tmp_path):
+def test_2000_images_killed_50_times(warm, tmp_path, record_property):
     folder(tmp_path / "photos", 2000, captions=False)
-    assert killings(warm, tmp_path, tmp_path, 2000, 50, 0.05) > 0
+    assert killings(warm, tmp_path, tmp_path, 2000, 50, 0.05, record_property) > 0
 
 
 STEPS = [
