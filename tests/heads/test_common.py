@@ -167,7 +167,8 @@ def test_half_precision_is_computed_in_double():
         (dict(groups=[1, 2]), "groups must have one entry per row"),
         (dict(validation=np.zeros((3, 24))), "validation must be"),
         (dict(validation=(np.zeros((3, 24)), [1, 2])), "validation must have one label per row"),
-        (dict(validation=(np.zeros((1, 24)), [77])), "validation must hold only labels of the 6 classes. Got 77"),
+        (dict(validation=(np.zeros((1, 24)), [77])),
+         "validation must hold only labels of the 6 classes, numbers from 0 to 5. Got 77"),
         (dict(validation=(np.zeros((1, 3)), [1])), "3 features"),
     ],
 )  # fmt: skip

@@ -39,7 +39,7 @@ def test_labels_are_numbers_or_names():
         ({"names": None}, "names must hold the class names where labels are numbers"),
         ({"names": ["cat"]}, "y must hold only labels|at least 2 classes"),
         ({"names": ["cat", "cat", "dog"]}, "distinct"),
-        ({"y": [0, 1, 2, 0, 1, 5]}, "y must hold only labels of the 3 classes. Got 5"),
+        ({"y": [0, 1, 2, 0, 1, 5]}, "y must hold only labels of the 3 classes, numbers from 0 to 2. Got 5"),
         ({"y": ["cat", "dgo"] * 3, "names": ["cat", "dog"]}, "Did you mean 'dog'"),
         ({"y": [0.5] * 6}, "class numbers or names"),
         ({"y": [0, 1]}, r"one label per image \(6\). Got 2"),

@@ -180,7 +180,7 @@ def test_alpha_is_the_line_from_the_start_and_validation_chooses_it():
     [
         (pixels(2), None, {}, "y must have one entry per image"),
         (pixels(2), [0], {}, "one entry per image .2.. Got shape .1,."),
-        (pixels(2), [0, 3], {}, "numbers from 0 to 2. Got 3"),
+        (pixels(2), [0, 3], {}, "y must hold only labels of the 3 classes, numbers from 0 to 2. Got 3"),
         (pixels(2), ["cat", "dgo"], {}, "Did you mean 'dog'"),
         (pixels(2), [0, 1], {"names": None}, "names must be given"),
         (pixels(2)[:, :2], [0, 1], {}, "shape .n, 3, H, W."),

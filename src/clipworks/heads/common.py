@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -317,15 +317,23 @@ def check_text(text: Any, dim: int, made_by: str = "", name: str = "text") -> np
     return unit(vectors)
 
 
-def class_numbers(argument: str, y: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Return the position of every label among the classes, or raise naming one that is not there."""
+def class_numbers(argument: str, y: np.ndarray, classes: np.ndarray, of: str = "classes") -> np.ndarray:
+    """Return the position of every label among the classes, or raise naming one that is not there.
+
+    >>> class_numbers("y", np.array(["cat", "dgo"]), np.array(["cat", "dog"]))
+    Traceback (most recent call last):
+    clipworks.errors.ClipworksError: y must hold only labels of the 2 classes, 'cat', 'dog'. Got 'dgo'. Did you mean \
+'dog'?
+    """
     known = {label: number for number, label in enumerate(classes.tolist())}
     try:
         return np.array([known[label] for label in y.tolist()], dtype=np.intp)
-    except KeyError as error:
-        label = error.args[0]
-        raise ClipworksError(f"{argument} must hold only labels of the {len(classes)} classes. "
-                             f"Got {label!r}.{closest(label, known)}") from None  # fmt: skip
+    except (KeyError, TypeError):  # TypeError: a list is no key
+        bad = next(label for label in y.tolist() if not isinstance(label, Hashable) or label not in known)
+        shown = ", ".join(map(repr, list(known)[:5])) + " ..." * (len(known) > 5)
+        allowed = f"numbers from 0 to {len(known) - 1}" if list(known) == list(range(len(known))) else shown
+        raise ClipworksError(f"{argument} must hold only labels of the {len(known)} {of}, {allowed}. "
+                             f"Got {bad!r}.{closest(bad, known)}") from None  # fmt: skip
 
 
 def check_vectors(head: BaseEstimator, x: Any, y: Any = None, fit: bool = False, labelled: bool = True) -> Any:

@@ -96,11 +96,8 @@ class CrossModalProbe(Head):
         self.text_ = None  # the words are in the weights: nothing is added to the logits
         whole, splits = Regression(rows, own, shots.classes, weight), shots.splits(self.folds)
         choice = self._choice(*splits)
-        known, parts = shots.validation is None, []  # then what is held out are the other rows
-        for part, held, _ in splits:
-            kept = np.append(part, np.arange(number, len(rows)))
-            left = np.delete(whole.rows, kept, 0) if known else whole.rotate(self._rows(held))
-            parts.append((whole.part(kept), left))
+        always, among = np.arange(number, len(rows)), shots.validation is None  # the words are in every part
+        parts = [whole.split(np.append(part, always), None if among else self._rows(held)) for part, held, _ in splits]
         search(choice, whole, parts, self.C)
         self.C_ = float(self.C or choice.setting or ONE_SHOT_C)
         self.coef_, self.intercept_, self.n_iter_ = whole.fit(self.C_, self.max_iter, self.tol)

@@ -87,9 +87,8 @@ class LinearProbe(Head):
             check_range("C", self.C, 1e-12)
         whole, splits = Regression(shots.x, shots.y, shots.classes), shots.splits(self.folds)
         choice = self._choice(*splits)
-        known = shots.validation is None  # then what is held out are the other rows
-        parts = [(whole.part(rows), np.delete(whole.rows, rows, 0) if known else whole.rotate(held))
-                 for rows, held, _ in splits]  # fmt: skip
+        among = shots.validation is None  # the rows themselves: what is held out of some are the others
+        parts = [whole.split(rows, None if among else held) for rows, held, _ in splits]
         search(choice, whole, parts, self.C)
         self.C_ = float(self.C or choice.setting or ONE_SHOT_C)
         self.coef_, self.intercept_, self.n_iter_ = whole.fit(self.C_, self.max_iter, self.tol)

@@ -63,6 +63,11 @@ class Regression:
         made.weight, made.y, made.rows = self.weight[rows], self.y[rows], self.rows[rows]
         return made
 
+    def split(self, rows: np.ndarray, held: np.ndarray | None) -> tuple[Regression, np.ndarray]:
+        """The problem of some of the rows, and what is held out, rotated: images of their own, or the other rows."""
+        left = np.delete(self.rows, rows, 0) if held is None else self.rotate(held)
+        return self.part(rows), left
+
     def start(self, at: np.ndarray, moves: Moves = ()) -> None:
         """Go on from other weights, with what was learned of the curvature there."""
         self.at, self.moves = at, moves

@@ -41,7 +41,7 @@ from ..data.item import Item
 from ..encoders.encoder import Encoder
 from ..encoders.loading import resolve
 from ..errors import BadWeights, ClipworksError, check_choice, check_range
-from ..heads.common import softmax
+from ..heads.common import class_numbers, softmax
 from ..training.augment import resolve_augment
 from ..training.finetune import ClassifierRecipe
 from ..training.loop import train
@@ -50,7 +50,7 @@ from ..training.recipe import Recipe
 from ..training.wise_ft import interpolate
 from ..zeroshot.classifier import check_names, class_vectors
 from .files import read_change, write_change
-from .shots import Shots, as_given, captioned, check_images, class_numbers, labelled
+from .shots import Shots, as_given, captioned, check_images, labelled
 
 TEMPLATE = "a photo of a {}."
 ALPHAS = tuple(step / 10 for step in range(11))  # shares of the change to choose from, cautious first

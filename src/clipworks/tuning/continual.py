@@ -16,9 +16,10 @@ from sklearn.base import clone
 from ..encoders.encoder import Encoder
 from ..encoders.loading import resolve
 from ..errors import ClipworksError, check_range
+from ..heads.common import class_numbers
 from ..zeroshot.classifier import class_vectors
 from .common import Tuner
-from .shots import as_given, class_numbers
+from .shots import as_given
 
 
 @dataclass

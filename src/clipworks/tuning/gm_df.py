@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..encoders.encoder import Encoder
 from ..encoders.layers import swap
 from ..errors import ClipworksError, check_range
+from ..heads.common import class_numbers
 from ..pretraining.parts import ModuleRecipe, need_vit
 from ..prompts.words import Sentences, phrase, word_vectors
 from ..registry import method
@@ -42,7 +43,7 @@ from ..training.recipe import ContrastiveRecipe
 from .common import TEMPLATE, Tuned, Tuner, only, run
 from .domains import DomainNorm, ExpertAdapter, PatchDecoder, hidden_error, in_domains, patch_pixels
 from .meta import gaussian_distance, inner_step, with_parameters
-from .shots import Shots, class_numbers
+from .shots import Shots
 from .slots import slotted
 
 T = TypeVar("T", bound="GMDF")
@@ -191,7 +192,7 @@ class GMDF(Tuner):
         given = np.asarray(self._sources)
         if given.shape != (count,):
             raise ClipworksError(f"domains must name a source for every image ({count}). Got shape {given.shape}.")
-        return class_numbers("domains", given, np.asarray(list(self.domains)))
+        return class_numbers("domains", given, np.asarray(list(self.domains)), of="domains")
 
 
 class MetaRecipe(ModuleRecipe):

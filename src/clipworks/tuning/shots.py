@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..data.item import Item
-from ..errors import ClipworksError, check_range, closest
+from ..errors import ClipworksError, check_range
 from ..zeroshot.templates import resolve_templates
 
 
@@ -57,17 +57,6 @@ def captioned(images: Sequence[Any], texts: Sequence[str]) -> Shots:
     if blank := [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]:
         raise ClipworksError(f"y must hold a text for every image. Number {blank[0]} is {texts[blank[0]]!r}.")
     return Shots([Item(str(i), x, caption=t) for i, (x, t) in enumerate(zip(images, texts, strict=True))], None)
-
-
-def class_numbers(argument: str, labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Return the position of every label among the classes, or raise naming one that is not there."""
-    place = {label: i for i, label in enumerate(classes.tolist())}
-    try:
-        return np.array([place[label] for label in labels.tolist()], dtype=np.intp)
-    except (KeyError, TypeError):
-        bad = next(label for label in labels.tolist() if not isinstance(label, int | str) or label not in place)
-        allowed = "names" if classes.dtype.kind == "U" else f"numbers from 0 to {len(place) - 1}"
-        raise ClipworksError(f"{argument} must hold {allowed}. Got {bad!r}.{closest(bad, place)}") from None
 
 
 def check_images(images: Any) -> list[Any]:
