@@ -106,22 +106,28 @@ def judged(answer, allowed):
 @pytest.mark.parametrize("count", [30, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", list(BODIES))
 def test_fields_of_another_kind(client, path, count):
-    allowed = REFUSED | {200, 401}
+    allowed, seen = REFUSED | {200, 401}, set()
 
     def work(given):
         body = json.dumps(given).encode()
-        judged(client.post(path, content=body, headers=JSON), allowed)
+        seen.add(judged(client.post(path, content=body, headers=JSON), allowed))
 
-    assert run(edited_json(BODIES[path]), work, count, seconds=5.0).total()
+    run(edited_json(BODIES[path]), work, count, seconds=5.0)
+    assert 422 in seen
+    # what is mutated is good before, but that there is no token to log in with
+    assert path == "/login" or client.post(path, json=BODIES[path]).status_code == 200
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", ["/search", "/classify"])
 def test_bytes_of_bodies(client, path, count):
-    def work(body):
-        judged(client.post(path, content=body, headers=JSON), REFUSED | {200})
+    seen = set()
 
-    assert run(edits(json.dumps(BODIES[path]).encode()), work, count, seconds=5.0).total()
+    def work(body):
+        seen.add(judged(client.post(path, content=body, headers=JSON), REFUSED | {200}))
+
+    run(edits(json.dumps(BODIES[path]).encode()), work, count, seconds=5.0)
+    assert {400, 422} <= seen
 
 
 @pytest.mark.parametrize("body", [
@@ -154,10 +160,14 @@ def test_forms_are_not_read(client, kind, body):
 @pytest.mark.parametrize("count", [15, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", list(FILES))
 def test_damaged_pictures(client, form, count):
-    def work(data):
-        judged(client.post("/embed", json={"images": [coded(data)]}), {200, 400, 413})
+    seen = set()
 
-    assert run(edits(FILES[form], keep=4), work, count, seconds=5.0).total()
+    def work(data):
+        seen.add(judged(client.post("/embed", json={"images": [coded(data)]}), {200, 400, 413}))
+
+    run(edits(FILES[form], keep=4), work, count, seconds=5.0)
+    assert 400 in seen
+    assert form not in ("BMP", "GIF") or 200 in seen  # without checksums some damage is another picture
 
 
 def test_pictures_cut_at_every_tenth(client):
@@ -205,29 +215,36 @@ WORDS = ["..", "%2e%2e", "%2f", "etc/passwd", "\\", "%00", ONE, "0" * 16, "?", "
 def test_paths(client, count):
     from urllib.parse import quote
 
+    seen = set()
+
     def work(parts):
         path = "/images/" + quote("".join(parts), safe="%/?#.\\")
         answer = client.get(path)
         assert answer.status_code in (404, 422) or answer.url.path in ("/", "/docs"), path
         assert "root:" not in answer.text
+        seen.add(answer.status_code)
 
     run(st.lists(st.sampled_from(WORDS) | texts, max_size=6), work, count, seconds=5.0)
+    assert 404 in seen
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
 def test_hosts_and_origins(client, count):
     local = st.sampled_from(["localhost", "127.0.0.1", "[::1]", "evil.example", "localhost.", ":80", "@", "..", "["])
     hosts = st.lists(local, max_size=4).map("".join) | texts.map(lambda t: t.encode("utf-8").decode("latin-1"))
+    seen = set()
 
     def work(given):
         headers = {name: value.encode("latin-1") for name, value in given.items()}
         status = client.get("/collection", headers=headers).status_code
         assert status in (200, 403, 421)
+        seen.add(status)
         if status == 200:
             name = given["host"].rsplit(":", 1)[0] if not given["host"].endswith("]") else given["host"]
             assert name.strip("[]").rstrip(".").lower() in ("localhost", "127.0.0.1", "::1")
 
     run(st.fixed_dictionaries({"host": hosts}, optional={"origin": hosts}), work, count, seconds=5.0)
+    assert seen == {200, 403, 421}
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
@@ -235,6 +252,7 @@ def test_tokens(place, count):
     """Nothing but the token lets in, whatever stands around it."""
     guard = application(place, token=TOKEN)
     client = TestClient(guard, base_url="http://127.0.0.1", raise_server_exceptions=False)
+    seen = set()
     near = edits(TOKEN.encode(), 2).filter(lambda t: t.strip() != TOKEN.encode())
     heads = st.tuples(st.sampled_from([b"Bearer ", b"bearer", b"Basic ", b"", b"Bearer  Bearer "]),
                       near | st.just(b"") | st.just(guard.cookie().encode()))  # fmt: skip
@@ -245,8 +263,10 @@ def test_tokens(place, count):
             answer = client.get("/collection", headers={name: value if name != "cookie" else b"clipworks=" + value})
             right = name == "cookie" and value == guard.cookie().encode()
             assert answer.status_code == (200 if right else 401)
+            seen.add(answer.status_code)
 
     run(heads, work, count, seconds=5.0)
+    assert seen == {200, 401}
     assert client.get("/collection", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
     assert guard.buffered == 0
 
@@ -298,7 +318,10 @@ def test_requests_that_are_given_up(place):
 
     found, last = asyncio.run(all_of_them())
     assert last == 200
-    assert {s for s in found if not isinstance(s, asyncio.CancelledError)} <= {200, 429}
+    given_up = sum(isinstance(status, asyncio.CancelledError) for status in found)
+    assert 20 < given_up < 180
+    assert 200 in (kept := {status for status in found if not isinstance(status, asyncio.CancelledError)})
+    assert kept <= {200, 429}
     assert held(guard) == (0, 0, 0)
     guard.service.stop()
 

@@ -177,19 +177,20 @@ def test_too_many_pixels_are_refused_from_the_header(client):
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 13000, 13000, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(10**6)))
-    before, start = resident(), time.monotonic()
+    start = time.monotonic()
     answer = client.post("/search", json={"image": base64.b64encode(bomb).decode()})
     assert answer.status_code == 400
     assert "13000 x 13000" in answer.json()["error"]
-    assert resident() - before < 50e6
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 5  # the memory at its highest: tests/faults/test_fuzz_requests.py
 
 
 def test_no_answer_tells_where_things_lie(client, place):
-    texts = [client.post(path, json=body).text for path, body in (
+    answers = [client.post(path, json=body) for path, body in (
         ("/search", {"text": "x", "k": 40}), ("/search", {"where": [{"column": "mtime", "value": "x"}]}),
         ("/classify", {"names": ["a"], "ids": [item_id("even/00.png")]}))]  # fmt: skip
-    texts += [client.get(path).text for path in ("/collection", "/map", "/metrics", "/openapi.json", "/readyz")]
+    answers += [client.get(path) for path in ("/collection", "/map", "/metrics", "/openapi.json", "/readyz")]
+    assert [answer.status_code for answer in answers] == [200, 400, *[200] * 6]
+    texts = [answer.text for answer in answers]
     assert not [text for text in texts if str(place) in text or os.path.expanduser("~/") in text]
 
 
