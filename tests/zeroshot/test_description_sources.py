@@ -315,12 +315,27 @@ def test_the_command_with_wordnet_and_with_a_local_model(tiny, tmp_path, capsys)
         (["--source", "endpoint", "--url", "http://h/v1", "--model", "m", "--device", "cpu"], "--device is no option"),
         (["--source", "wordnet", "--wordnet", "w", "--pairs"], "needs a language model"),
         (["--source", "gpt"], "gpt"),
+        (["--source", "wordnt"], "one of 'endpoint', 'transformers', 'wordnet'. Did you mean 'wordnet'?"),
+        (["--source", "wordnet", "--wordnet", "nowhere"], "--wordnet: path must be WordNet's data.noun. 'nowhere': No"),
+        (["--source", "endpoint", "--url", "http://h/v1", "--model", "m", "--names", ","], "names must hold at least"),
     ],
 )
 def test_the_command_names_what_is_missing_or_too_much(words, message, tmp_path, capsys):
     assert main(["describe", "--names", "hen", "--out", str(tmp_path / "d.json"), *words]) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pairs", [[], ["--pairs"]])
+def test_a_file_to_go_on_with_that_holds_something_else_is_left_as_it_is(pairs, tmp_path, capsys):
+    out = tmp_path / "d.json"
+    out.write_text("{broken")
+    line = ["describe", "--names", "hen,duck", "--out", str(out), "--source", "endpoint", "--url", "http://h/v1"]
+    assert main([*line, "--model", "m", *pairs]) == 2
+    assert "clipworks: out: " in capsys.readouterr().err
+    assert out.read_text() == "{broken"
 
 
 def test_transformers_is_not_imported_before_it_is_used():

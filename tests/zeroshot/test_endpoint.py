@@ -85,7 +85,11 @@ def test_a_refusal_is_final_and_does_not_show_the_key(server, monkeypatch):
     with pytest.raises(ClipworksError, match=r"refused.*status 401: 'wrong key Bearer \*\*\*'") as error:
         Endpoint(server, "denied")(HELLO)
     assert not isinstance(error.value, NoAnswer)
+    assert str(error.value).endswith("The key is read from CLIPWORKS_API_KEY, which is set.")
     assert len(asked(server, "denied")) == 1
+    monkeypatch.delenv("CLIPWORKS_API_KEY")
+    with pytest.raises(ClipworksError, match="CLIPWORKS_API_KEY, which is not set"):
+        Endpoint(server, "denied")(HELLO)
 
 
 def test_garbage_is_asked_for_again(server):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..errors import ClipworksError
+from ..errors import ClipworksError, naming
 from ._command import command
 from ._output import note, say
 from .classify import class_names
@@ -70,7 +70,7 @@ def describe(
             told = ask if source == "wordnet" else described_by(ask)
             failures = write_descriptions(wanted, told, out, overwrite=overwrite)
     finally:  # also where the run is stopped: what was asked has its price
-        if hasattr(ask, "usage"):
+        if hasattr(ask, "usage") and ask.usage.any:
             note(f"{ask.usage}")
     for entry, reason in failures.items():
         note(f"clipworks: left out: {entry if isinstance(entry, str) else ' / '.join(entry)}: {reason}")
@@ -94,7 +94,8 @@ def _source(kind: str, given: dict[str, Any]) -> Any:
     from ..zeroshot.descriptions import WordNetGlosses
 
     _only(kind, given, needed=("wordnet",), unknown=[name for name in given if name != "wordnet"])
-    return WordNetGlosses(given["wordnet"])
+    with naming("--wordnet"):
+        return WordNetGlosses(given["wordnet"])
 
 
 def _only(kind: str, given: dict[str, Any], needed: Any, unknown: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import warnings
@@ -105,7 +106,7 @@ def _stoppable() -> Iterator[None]:
 def _explain(error: Exception, command: str) -> int:
     if hasattr(error, "format_message"):  # the option parser's own: a wrong option or value
         hint = f" See: clipworks {command} --help" if command else " See: clipworks --help"
-        return _fail(error.format_message().rstrip(".") + "." + hint, 2)
+        return _fail(f"{_with_closest(error.format_message())}{hint}", 2)
     if isinstance(error, BadImage | BadWeights | CollectionError):
         return _fail(str(error), 1)
     if isinstance(error, ClipworksError | FileNotFoundError | FileExistsError | IsADirectoryError | PermissionError):
@@ -113,6 +114,13 @@ def _explain(error: Exception, command: str) -> int:
     if isinstance(error, OSError):
         return _fail(str(error), 1)
     return _fail(f"unexpected {type(error).__name__}: {error} (CLIPWORKS_DEBUG=1 shows where)", 1)
+
+
+def _with_closest(message: str) -> str:
+    """The option parser's message as a sentence; where a value is none of several, with the closest of them."""
+    message = message.replace("Value error, ", "").rstrip(".") + "."
+    found = re.search(r"'([^']*)' is not one of (.*)", message)
+    return message + (closest(found[1], re.findall(r"'([^']*)'", found[2])) if found else "")
 
 
 def _fail(message: str, code: int) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..atomic import write_json
-from ..errors import ClipworksError, check_range, need
+from ..errors import ClipworksError, check_range, naming, need
 from ..progress import Progress
 from .classifier import check_names
 from .descriptions import PairDescriptions, PairSource, Source, descriptions_of, parse_answer, read_descriptions
@@ -173,7 +173,8 @@ def write_descriptions(
     name -> why it has no entry, for names that the model gave no answer for; three in a row end the run
     """
     path = Path(out)
-    table = read_descriptions(path) if path.exists() else {}
+    with naming("out"):
+        table = read_descriptions(path) if path.exists() else {}
     ask = source if callable(source) else lambda name: descriptions_of([name], source)[0]
 
     def take(name: str) -> None:
@@ -188,7 +189,8 @@ def write_pairs(
 ) -> dict[tuple[str, str], str]:
     """Write the differences of all pairs of names to a JSON file, for `fudd`; parameters as in `write_descriptions`."""
     path = Path(out)
-    rows = PairDescriptions.read(path).as_rows() if path.exists() else []
+    with naming("out"):
+        rows = PairDescriptions.read(path).as_rows() if path.exists() else []
     table = {(row["names"][0], row["names"][1]): row["sentences"] for row in rows}
 
     def take(two: tuple[str, str]) -> None:

@@ -25,6 +25,7 @@ from ..atomic import write_json
 from ..errors import ClipworksError, check_range
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # answers after which the same request may succeed
+REFUSED = (401, 403)  # by the key
 LIMIT = 1 << 20  # bytes read of one answer
 LONGEST_PAUSE = 60.0  # seconds, also where the server asks for more
 
@@ -53,6 +54,11 @@ class Usage:
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        """Whether anything was asked for."""
+        return bool(self.asked or self.cached or self.repeated)
 
     def __str__(self) -> str:
         tokens = f"{self.tokens_in:,} tokens in, {self.tokens_out:,} out"
@@ -168,7 +174,9 @@ class Endpoint:
             status = f"status {error.code}: {said}"
             if error.code in AGAIN:
                 raise _Again(status, _seconds(error.headers.get("Retry-After"))) from None
-            raise ClipworksError(f"{self.url} refused the request, {status}.") from None
+            about = f"The key is read from {self.key_variable}, which is {'set' if key else 'not set'}."
+            hint = f" {about}" if error.code in REFUSED else ""
+            raise ClipworksError(f"{self.url} refused the request, {status}.{hint}") from None
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
             if isinstance(cause, ssl.SSLCertVerificationError):
