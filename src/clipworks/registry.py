@@ -112,3 +112,25 @@ def get_method(name: str, area: str | None = None) -> Any:
         raise ClipworksError(f"method {name!r} is ambiguous: {', '.join(f'{m.area}/{m.name}' for m in found)}")
     info = found[0]
     return getattr(importlib.import_module(f"clipworks.{info.area}.{info.name}"), info.object)
+
+
+def read_call(argument: str, text: str, example: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the keyword arguments of a method as a user writes it; nothing is run.
+
+    Parameters
+    ----------
+    argument, example : name of the argument and a method that it may be, for the message
+    text : "gda", or with literals as arguments "gda(alpha=1.0)"
+
+    >>> read_call("methods", "gda(alpha=1.0)", "gda")
+    ('gda', {'alpha': 1.0})
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if isinstance(node, ast.Call) and not node.args:
+            return ast.unparse(node.func), {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        if isinstance(node, ast.Name):
+            return node.id, {}
+    except (SyntaxError, ValueError):
+        pass
+    raise ClipworksError(f"{argument} must look like {example.partition('(')[0]!r} or {example!r}. Got {text!r}.")

@@ -19,7 +19,6 @@ from clipworks.analysis.bench.contestants import (
     Material,
     Question,
     all_methods,
-    call,
     contestants,
     split_specs,
 )
@@ -33,7 +32,7 @@ from clipworks.encoders.loading import save
 from clipworks.encoders.tokenizers.bpe import CLIPTokenizer
 from clipworks.encoders.toy import toy_encoder
 from clipworks.errors import ClipworksError, UnknownName
-from clipworks.registry import get_method, methods
+from clipworks.registry import get_method, methods, read_call
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
 EACH = 12
@@ -339,7 +338,7 @@ def test_every_method_on_features_takes_part_or_says_what_it_needs():
 
 def test_words_of_the_command_line():
     assert split_specs("a(b=[1,2], c='x,y'),d") == ["a(b=[1,2], c='x,y')", "d"]
-    assert call("linear_probe(text=None)") == ("linear_probe", {"text": None})
+    assert read_call("methods", "linear_probe(text=None)", "gda(alpha=1.0)") == ("linear_probe", {"text": None})
     for bad in ("a b", "a(1)", "a(b=open('x'))", "a.b()"):
         with pytest.raises(ClipworksError, match="methods must"):
             contestants([bad])

@@ -184,6 +184,9 @@ def test_scoring_needs_labels():
     x, y, _ = shots()
     with pytest.raises(ClipworksError, match="y must hold one label per row"):
         NearestMean().fit(x, y).score(x)
+    for wrong in (y[:5], y[:, None]):  # a column would be compared with every row
+        with pytest.raises(ClipworksError, match=r"y must hold one label per row \(48\)\. Got shape"):
+            NearestMean().fit(x, y).score(x, wrong)
 
 
 def test_a_head_must_say_what_it_scores_and_may_learn_nothing():

@@ -183,6 +183,7 @@ def test_alpha_is_the_line_from_the_start_and_validation_chooses_it():
         (pixels(2), [0, 3], {}, "y must hold only labels of the 3 classes, numbers from 0 to 2. Got 3"),
         (pixels(2), ["cat", "dgo"], {}, "Did you mean 'dog'"),
         (pixels(2), [0, 1], {"names": None}, "names must be given"),
+        (pixels(2), ["cat", "cat"], {"names": None}, "names must hold at least 2 classes. Got .'cat'."),
         (pixels(2)[:, :2], [0, 1], {}, "shape .n, 3, H, W."),
         ("a.jpg", [0], {}, "images must be a list"),
         ([], [], {}, "at least one image"),
@@ -195,6 +196,14 @@ def test_alpha_is_the_line_from_the_start_and_validation_chooses_it():
 def test_what_cannot_be_used_is_named(images, y, settings, says):
     with pytest.raises(ClipworksError, match=says):
         quick(CLIPSVD, encoder=clip_shaped(), **settings).fit(images, y)
+
+
+def test_a_score_needs_a_known_label_for_every_image():
+    x, y = coloured()
+    fitted = quick(CLIPSVD, encoder=clip_shaped()).fit(x, y)
+    for wrong, says in ((y[:2], "one entry per image"), ([9] * len(x), "Got 9"), (["cat"] * len(x), "Got 'cat'")):
+        with pytest.raises(ClipworksError, match=says):
+            fitted.score(x, wrong)
 
 
 def test_files_of_another_encoder_or_method_are_refused(tmp_path):

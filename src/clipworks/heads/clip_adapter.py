@@ -8,8 +8,8 @@ logits = SCALE * cos(x', t_c);  min over W1, W2 of CE.
 
 Paper: Gao et al. 2024, CLIP-Adapter: Better Vision-Language Models with Feature Adapters (IJCV).
 Differs from the paper: every step is on all shots, by Adam with a falling rate, where the release takes many steps of
-SGD on small batches; no augmented views unless they are given as rows. Ratio 0.2 and reduction 4 are the release's;
-ratio None chooses on folds (the paper takes the best ratio for every data set).
+SGD on small batches; no augmented views unless they are given as rows. Ratio 0.2 and reduction 4 are the release's,
+rate 1e-3 and 200 steps this library's; ratio None chooses on folds (the paper takes the best ratio for every data set).
 Without bias A grows with x, so the length of the rows does not matter.
 """
 

@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from ..errors import ClipworksError, check_range, closest
 from ..types import Features
+from ..zeroshot.sentences import softmax, unit
 from .temperature import calibrate, fit_temperature, spread
 
 if TYPE_CHECKING:
@@ -103,6 +104,17 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         y : n labels (default: those of the features)
         groups : n numbers or names; rows that share one are views of one image and are held out together
         validation : (x, y) or `Features` with labels: choose on these images instead
+
+        Returns
+        -------
+        the head itself
+
+        Raises
+        ------
+        ClipworksError
+            If rows, labels, words, groups or `validation` do not fit together, hold NaN or infinity, or are of fewer
+            than two classes; if a class of `text` has no shot, but for heads that learn it from its word; or if a
+            setting is out of its range.
         """
         shots = self._open(x, y, groups, validation, self.unseen)
         self._take(self._learn(shots), shots)
@@ -128,7 +140,10 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
         y = x.labels if y is None and isinstance(x, Features) else y
         if y is None:
             raise ClipworksError("y must hold one label per row to score against. Got None.")
-        return float(np.mean(self.predict(x) == np.asarray(y)))
+        found, labels = self.predict(x), np.asarray(y)
+        if labels.shape != found.shape:
+            raise ClipworksError(f"y must hold one label per row ({len(found)}). Got shape {labels.shape}.")
+        return float(np.mean(found == labels))
 
     def _learn(self, shots: Shots) -> Choice:
         """Check the settings, learn from shots, return what was chosen on images held out (here: nothing)."""
@@ -234,17 +249,6 @@ class Choice:
 def zero_shot(x: np.ndarray, text: np.ndarray) -> np.ndarray:
     """Return SCALE * cosine between rows of x and (unit) rows of text."""
     return SCALE * (unit(x) @ text.T)
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Return rows of length 1; a row of zeros stays one."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return exp(logits) over its sum along the last axis."""
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
 
 
 def one_hot(y: np.ndarray, classes: int) -> np.ndarray:

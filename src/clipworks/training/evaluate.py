@@ -47,28 +47,43 @@ class Probe:
 
     @classmethod
     def open(
-        cls, data: Any, names: Iterable[str] | Mapping[str, str] | None, templates: str | Sequence[str] = "default"
+        cls,
+        data: Any,
+        names: Iterable[str] | Mapping[str, str] | None,
+        templates: str | Sequence[str] = "default",
+        argument: str = "validation",
     ) -> Probe:
-        """Open a validation set; without `names`, the labels are taken as names.
+        """Open a validation set, which messages call by the name of the `argument`; without `names`, the labels are
+        taken as names.
 
         Raises
         ------
         ClipworksError
             If the items have neither labels nor captions, or a label is not among the names.
         """
-        items = open_items(data, "validation")
+        items = open_items(data, argument)
         labels = [item.label for item in items if item.label]
         if not labels and names is not None:
-            raise ClipworksError("names need labels, and validation has none.")
+            raise ClipworksError(f"names need labels, and {argument} has none.")
         if len(labels) < len(items) and not all(item.caption for item in items):
-            raise ClipworksError("validation must give every image a label, or every image a caption.")
+            raise ClipworksError(f"{argument} must give every image a label, or every image a caption.")
         if len(labels) < len(items):
             return cls(items, None, templates)
         table = dict(names) if isinstance(names, Mapping) else {n: n for n in names or sorted(set(labels))}
         if unknown := sorted(set(labels) - set(table)):
             hint = closest(unknown[0], table)
-            raise ClipworksError(f"names must hold every label of validation. Missing: {unknown[0]!r}.{hint}")
+            raise ClipworksError(f"names must hold every label of {argument}. Missing: {unknown[0]!r}.{hint}")
         return cls(items, table, templates)
+
+
+def change_rows(**measures: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """One dictionary per measure: which set, what, before, after, change; of set -> name -> (before, after)."""
+    return [
+        {"set": where, "measure": name, "before": round(before, 2), "after": round(after, 2),
+         "change": round(after - before, 2)}
+        for where, found in measures.items()
+        for name, (before, after) in found.items()
+    ]  # fmt: skip
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import numpy as np
 from ..data.folder import FolderSource
 from ..data.item import Item
 from ..data.sources import open_source
-from ..errors import BadImage, ClipworksError
+from ..errors import BadImage, ClipworksError, naming
 from .recipe import Recipe
 
 T = TypeVar("T")
@@ -34,10 +34,11 @@ def open_items(data: Any, argument: str = "data") -> list[Item]:
     if isinstance(data, list | tuple) and data and isinstance(data[0], list | tuple):
         items = [Item(str(i), image, caption=caption) for i, (image, caption) in enumerate(data)]
     else:
-        source = open_source(data)
-        items = list(source)
-        if isinstance(source, FolderSource) and not any(item.caption or item.label for item in items):
-            items = list(open_source(source.root, kind="folder", label_from="folder"))
+        with naming(argument):
+            source = open_source(data)
+            items = list(source)
+            if isinstance(source, FolderSource) and not any(item.caption or item.label for item in items):
+                items = list(open_source(source.root, kind="folder", label_from="folder"))
     if not items:
         raise ClipworksError(f"{argument} holds no images.")
     return items

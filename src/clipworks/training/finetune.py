@@ -24,7 +24,7 @@ from ..errors import ClipworksError, check_choice, check_range, closest
 from ..zeroshot.classifier import class_vectors
 from ..zeroshot.templates import resolve_templates
 from .augment import Augment, resolve_augment
-from .evaluate import Probe, evaluate
+from .evaluate import Probe, change_rows, evaluate
 from .feed import open_items
 from .gather import rank
 from .loop import train
@@ -70,12 +70,7 @@ class FinetuneReport:
 
     def as_rows(self) -> list[dict[str, Any]]:
         """One dictionary per measure: where, what, before, after, change."""
-        return [
-            {"set": where, "measure": name, "before": round(before, 2), "after": round(after, 2),
-             "change": round(after - before, 2)}
-            for where, found in (("task", self.task), ("probe", self.probe))
-            for name, (before, after) in found.items()
-        ]  # fmt: skip
+        return change_rows(task=self.task, probe=self.probe)
 
 
 class ClassifierRecipe(nn.Module):
@@ -200,7 +195,7 @@ def finetune(
     table = _names(items, names)
     probes = {
         "task": None if validation is None else Probe.open(validation, table, templates),
-        "probe": None if probe is None else Probe.open(probe, probe_names, templates),
+        "probe": None if probe is None else Probe.open(probe, probe_names, templates, "probe"),
     }
     before = {name: _measure(encoder, p) for name, p in probes.items() if p is not None}
     start = {name: value.clone() for name, value in encoder.state_dict().items()}

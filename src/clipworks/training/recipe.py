@@ -7,7 +7,6 @@ two halves, `features` and `losses`, gets exact large batches on little memory (
 
 from __future__ import annotations
 
-import ast
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import ClipworksError, check_choice, closest
-from ..registry import get_method, methods
+from ..registry import get_method, methods, read_call
 from .augment import Augment, resolve_augment, view
 from .gather import full_matrix, gather, local_rows, processes
 
@@ -175,7 +174,7 @@ def resolve_recipe(
         return ContrastiveRecipe(loss, augment)
     if not isinstance(recipe, str):
         return recipe
-    name, options = _call(recipe)
+    name, options = read_call("recipe", recipe, "flip(drop=0.75)")
     made: Any = get_method(check_choice("recipe", name, [m.name for m in methods("pretraining")]), "pretraining")
     if inspect.isfunction(made):
         raise ClipworksError(f"recipe must train. {name!r} prepares the data: call it before, and train on its result.")
@@ -199,16 +198,3 @@ def plain_losses() -> list[str]:
         if {"image", "text", "scale"} <= set(known) and needed <= {"image", "text", "scale", "bias"}:
             found.append(name)
     return found
-
-
-def _call(text: str) -> tuple[str, dict[str, Any]]:
-    """Return name and keyword arguments of text such as "flip(drop=0.75)"; nothing is run."""
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-        if isinstance(node, ast.Call) and not node.args:
-            return ast.unparse(node.func), {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-        if isinstance(node, ast.Name):
-            return node.id, {}
-    except (SyntaxError, ValueError):
-        pass
-    raise ClipworksError(f"recipe must look like 'slip' or 'flip(drop=0.75)'. Got {text!r}.")

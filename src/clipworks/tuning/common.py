@@ -122,6 +122,14 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
         y : n labels: numbers into `names`, or the names themselves; a method on pairs also takes n captions
         validation : (images, labels) on which `alpha` is chosen, where that is None
         progress : True shows a bar; default: on a terminal
+
+        Raises
+        ------
+        ClipworksError
+            If images, labels and names do not fit together, there are fewer than two classes, or a setting is out of
+            its range.
+        BadImage
+            At the first image that cannot be read.
         """
         shots = self._open(images, y)
         start = self._shaped(resolve(self.encoder))
@@ -155,7 +163,10 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
 
     def score(self, images: Any, y: Any, sample_weight: Any = None) -> float:
         """Return the share of images that get their label."""
-        return float(np.average(self.predict(images) == np.asarray(y), weights=sample_weight))
+        best, labels = self.logits(images).argmax(1), np.asarray(y)
+        if labels.shape != best.shape:
+            raise ClipworksError(f"y must have one entry per image ({len(best)}). Got shape {labels.shape}.")
+        return float(np.average(best == class_numbers("y", labels, self.classes_), weights=sample_weight))
 
     def merge(self) -> Encoder:
         """Return an ordinary encoder with the change folded into its weights, for `encoders.loading.save` too."""
@@ -251,6 +262,8 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
             if not words:
                 raise ClipworksError("names must be given where y holds numbers. Got None.")
             self.names_ = check_names(sorted(set(labels.tolist())))
+        if len(self.names_) < 2:
+            raise ClipworksError(f"names must hold at least 2 classes. Got {self.names_}.")
         self.classes_ = np.asarray(self.names_) if words else np.arange(len(self.names_))
         return labelled(listed, class_numbers("y", labels, self.classes_), self.names_)
 

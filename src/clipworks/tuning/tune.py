@@ -24,7 +24,7 @@ from ..encoders.loading import resolve
 from ..errors import ClipworksError, check_choice, check_range, closest
 from ..metrics.retrieval import image_retrieval
 from ..registry import MethodInfo, get_method, methods
-from ..training.evaluate import Probe, recalls, zeroshot
+from ..training.evaluate import Probe, change_rows, recalls, zeroshot
 from ..training.feed import open_items
 from ..zeroshot.classifier import class_vectors
 from .common import TEMPLATE
@@ -65,12 +65,7 @@ class TuneReport:
 
     def as_rows(self) -> list[dict[str, Any]]:
         """One dictionary per measure: where, what, before, after, change."""
-        return [
-            {"set": where, "measure": name, "before": round(before, 2), "after": round(after, 2),
-             "change": round(after - before, 2)}
-            for where, found in (("task", self.task), ("probe", self.probe))
-            for name, (before, after) in found.items()
-        ]  # fmt: skip
+        return change_rows(task=self.task, probe=self.probe)
 
 
 def tune(
@@ -155,7 +150,7 @@ def tune(
     made = kind(names=list(table.values()) or None, encoder=encoder, seed=seed, **settings)
     probes = {
         "task": Probe.open(rest, table or None) if rest else None,
-        "probe": None if probe is None else Probe.open(probe, probe_names),
+        "probe": None if probe is None else Probe.open(probe, probe_names, argument="probe"),
     }
     templates = getattr(made, "templates", TEMPLATE)
     before = {name: _zero_shot(encoder, p, templates) for name, p in probes.items() if p is not None}

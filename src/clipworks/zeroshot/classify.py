@@ -16,6 +16,7 @@ from ..errors import BadImage, ClipworksError, check_range
 from ..types import Classification, Features
 from .classifier import check_names, class_vectors
 from .seen import CHUNK, collection_of, finite, image_features, labelled_features, length
+from .sentences import softmax, unit
 
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
@@ -181,11 +182,8 @@ def _of_features(
 
 
 def _probabilities(images: np.ndarray, words: np.ndarray, scale: float) -> np.ndarray:
-    """Softmax of scale * cosine over the classes."""
-    lengths = np.linalg.norm(images, axis=1, keepdims=True)  # stored in 16 bits they are not exactly 1
-    logits = scale * (images @ words.T) / np.maximum(lengths, 1e-12)
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    """Softmax of scale * cosine over the classes; images stored in 16 bits do not have length 1 to the last digit."""
+    return softmax(scale * (unit(images) @ words.T)).astype(np.float32)
 
 
 def _scale(scale: float | None, model: Any) -> float:

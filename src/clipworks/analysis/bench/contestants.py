@@ -9,7 +9,6 @@ given where the benchmark has it (descriptions), or by the user as in Python: "t
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import ClipworksError, check_choice, closest
-from ...registry import MethodInfo, get_method, methods
+from ...registry import MethodInfo, get_method, methods, read_call
+from ...zeroshot.sentences import softmax
 
 if TYPE_CHECKING:
     from ...data.item import Item
@@ -200,13 +200,13 @@ class Fitted:
                 total = np.maximum(own.sum(1, keepdims=True), 1e-300)
                 return Answer(own.argmax(1), own / total)
         logits = material.scale * (x @ text.T)
-        return Answer(logits.argmax(1), _softmax(logits), by="words")
+        return Answer(logits.argmax(1), softmax(logits), by="words")
 
     def _by_words(self, x: np.ndarray, text: np.ndarray, names: list[str]) -> Answer:
         contestant, material = self.contestant, self.material
         if contestant.info.name == BASELINE:
             logits = material.scale * (x @ text.T)
-            return Answer(logits.argmax(1), _softmax(logits))
+            return Answer(logits.argmax(1), softmax(logits))
         own = dataclasses.replace(material, text=text, names=names)
         scores = contestant.target(x, names, material.encoder(), **contestant._arguments(own, contestant.target))
         known = getattr(scores, "probabilities", None)
@@ -245,7 +245,7 @@ def contestants(specs: Sequence[str], descriptions: bool = False) -> tuple[list[
 
 def named(spec: str, known: dict[str, MethodInfo]) -> Contestant:
     """A method by name, perhaps with arguments."""
-    name, options = call(spec)
+    name, options = read_call("methods", spec if "(" in spec else spec.replace("-", "_"), "gda(alpha=1.0)")
     made = Contestant(spec.replace(" ", ""), known[check_choice("methods", name, known)], options)
     if not classifies(made.info):
         raise ClipworksError(f"methods must classify features. {name!r} does not ({made.info.summary})")
@@ -288,23 +288,6 @@ def split_specs(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def call(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of "gda(alpha=1.0)"; nothing is run.
-
-    >>> call("gda(alpha=1.0)")
-    ('gda', {'alpha': 1.0})
-    """
-    try:
-        node = ast.parse(text.strip().replace("-", "_") if "(" not in text else text.strip(), mode="eval").body
-        if isinstance(node, ast.Call) and not node.args:
-            return ast.unparse(node.func), {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-        if isinstance(node, ast.Name):
-            return node.id, {}
-    except (SyntaxError, ValueError):
-        pass
-    raise ClipworksError(f"methods must look like 'gda' or 'gda(alpha=1.0)'. Got {text!r}.")
-
-
 def _required(target: Any) -> list[str]:
     """Arguments without a default; of a class, those of its constructor."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -330,8 +313,3 @@ def _described(material: Material, known: Any) -> dict[str, Any]:
         given["pool"] = encode(sentences, material.encoder())
         given["assigned"] = [[sentences.index(sentence) for sentence in own] for own in said]
     return given
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
