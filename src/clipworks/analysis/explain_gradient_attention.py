@@ -24,7 +24,7 @@ from ..registry import method
 from .relevance import check_pairs, readout, transformer
 
 
-@method(card="analysis-foundations", level="M")
+@method(card="analysis-foundations", level="MR")
 def gradient_attention(encoder: Any, pixels: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """Return what the similarity with the text gained from every patch, by attention and its gradient.
 

@@ -25,7 +25,7 @@ from .explain import blur
 from .relevance import check_pairs
 
 
-@method(card="analysis-foundations", level="M")
+@method(card="analysis-foundations", level="MR")
 def occlusion(
     encoder: Any, pixels: torch.Tensor, words: torch.Tensor, *, cells: int = 8, square: int = 2, batch_size: int = 32
 ) -> torch.Tensor:
