@@ -3,7 +3,8 @@
     python docs/samples.py [FOLDER]      photos, shop, line, tiny.json and the like, into FOLDER (default: samples)
 
 photos  two photos that come with scikit-learn, a smaller copy of one, and a damaged file
-shop    drawings of products, a folder per kind; new: others of them, and a photo that is none; offers.csv: records
+shop    drawings of products, a folder per kind; new: others of them, and a photo that is none; offers.csv: records;
+        kinds.noun: what the kinds look like
 line    drawings of a steel plate with four holes: good, new (some with a scratch, a stain, a hole missing), known
 """
 
@@ -108,6 +109,14 @@ KINDS: dict[str, Callable[[ImageDraw.ImageDraw, str], None]] = {
     "chair": _chair,
 }
 
+LOOKS = {
+    "mug": "a round cup with a handle on its side; a dark drink inside",
+    "t-shirt": "a garment with two short sleeves; a round neck",
+    "umbrella": "a wide round top; a thin stick with a bent handle",
+    "clock": "a white round face; two black hands",
+    "chair": "a tall back; a seat on thin legs",
+}
+
 
 def product(kind: str, colour: str, turn: random.Random) -> Image.Image:
     """Draw one product on paper, a little turned, moved and scaled."""
@@ -149,6 +158,12 @@ def offers(folder: Path, name: str, things: list[tuple[str, str]], turn: random.
                 path = f"offers/{kind}-{colour}-{seller}.png"
                 product(kind, colour, turn).save(folder / path)
                 table.writerow([path, title, f"{colour} {kind}"])
+
+
+def glossary(folder: Path) -> None:
+    """Write `kinds.noun`: what the kinds look like, one a line, in the form of WordNet's `data.noun`."""
+    lines = [f"{number:08} 06 n 01 {kind} 0 000 | {looks}" for number, (kind, looks) in enumerate(LOOKS.items())]
+    (folder / "kinds.noun").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def plate(turn: random.Random, defect: str | None = None) -> Image.Image:
@@ -193,7 +208,7 @@ def line(folder: Path) -> None:
 
 def write(folder: Path) -> None:
     """Write everything into a folder that exists."""
-    for part in (photos, tiny, shop, line):
+    for part in (photos, tiny, shop, glossary, line):
         part(folder)
 
 
