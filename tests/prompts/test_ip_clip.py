@@ -201,6 +201,8 @@ def test_statistics_know_no_order():
         positions[1:] = before[1:][order]
         there = IPCLIP().look(model, shuffled)
         positions.copy_(before)
+    assert here
+    assert here.keys() == there.keys()
     for name, value in here.items():
         torch.testing.assert_close(there[name], value, atol=1e-5, rtol=1e-4)
 

@@ -82,6 +82,8 @@ def test_order_of_sentences_does_not_matter():
     tokens = random_sentences(teacher, 6)
     batch = {"pixels": pixels(4), "labels": torch.tensor([0, 1, 2, 0]), "chosen": torch.arange(6)}
     one, two = (recipe_of(teacher, t).forward(student, batch) for t in (tokens, tokens.flip(0)))
+    assert one
+    assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], atol=1e-5, rtol=1e-5)
 

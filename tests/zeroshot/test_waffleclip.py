@@ -68,6 +68,7 @@ def test_a_seed_is_a_draw():
 )
 def test_noise_is_as_long_as_the_names(names, number, length):
     noise = random_descriptors(names, 10, alphabet="xyz")
+    assert len(noise) == 20
     nearest = min(abs(len(w) - length) for w in WORDS)
     for descriptor in noise[:10]:
         assert len(descriptor.split()) == number

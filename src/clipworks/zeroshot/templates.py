@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ClipworksError, UnknownName, closest
+from ..errors import ClipworksError, UnknownName, check_choice
 
 
 @functools.lru_cache(maxsize=1)
@@ -38,10 +38,11 @@ def resolve_templates(templates: str | Sequence[str]) -> list[str]:
     """
     if isinstance(templates, str):
         if "{" not in templates:
-            if templates not in template_sets():
+            if " " in templates:  # it was meant as a sentence
                 known = ", ".join(map(repr, template_sets()))
                 raise UnknownName(f"templates must be one of {known}, or a sentence with {{}} where the name goes. "
-                                  f"Got {templates!r}.{closest(templates, template_sets())}")  # fmt: skip
+                                  f"Got {templates!r}.")  # fmt: skip
+            check_choice("templates", templates, template_sets())
             return list(template_sets()[templates])
         templates = [templates]
     if not templates:
