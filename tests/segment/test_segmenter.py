@@ -9,8 +9,10 @@ import clipworks
 from clipworks.encoders.tokenizers.bpe import CLIPTokenizer
 from clipworks.encoders.toy import toy_encoder
 from clipworks.errors import ClipworksError
+from clipworks.segment import segmenter
 from clipworks.segment.background import WORDS, background_threshold, background_words, found_background
-from clipworks.segment.common import Dense
+from clipworks.segment.common import Dense, enter
+from clipworks.segment.maskclip import MaskCLIP
 from clipworks.segment.segmenter import Segmenter, segment
 
 
@@ -60,6 +62,20 @@ def test_any_size_comes_back_at_its_own_size(encoder, size):
     assert (mask.labels[:, : near - patch] == 0).all()
     assert (mask.labels[:, near + patch :] == 1).all()
     np.testing.assert_allclose(mask.scores.sum(0), 1, atol=1e-5)
+
+
+def test_a_line_of_pixels_is_not_enlarged_without_bound(encoder, monkeypatch):
+    seen = []
+
+    class Watched(Colors):
+        def whole(self, average, image, encoder, words):
+            seen.append(tuple(image.shape[1:]))
+            return average
+
+    monkeypatch.setattr(segmenter, "LONGEST", 400)
+    for size in ((2, 200), (2, 600), (20, 200)):  # enlarged up to the bound; already beyond it; as ever
+        assert run(encoder, picture(*size), method=Watched()).labels.shape == size
+    assert seen == [(4, 400), (4, 600), (32, 320)]
 
 
 def test_it_is_public_whichever_way_it_is_imported(encoder):
@@ -157,9 +173,16 @@ def test_found_with_one_head():
         found_background(attention, keys[:, :4])
 
 
+@torch.no_grad()
 def test_own_objects_of_the_tower(encoder):
-    mask = run(encoder, method="maskclip", background="objects")
+    """A pixel is background where FOUND's rule on the tower sees no object; at this scale no name is sure."""
+    image = np.random.default_rng(0).integers(0, 255, (32, 48, 3)).astype(np.uint8)
+    mask = run(encoder, image, method="maskclip", background="objects", scale=1.0, window=48)
     assert mask.names == ["background", "red", "green", "blue"]
+    hidden = enter(encoder, torch.from_numpy(image).permute(2, 0, 1)[None] / 255)
+    objects = torch.nn.functional.interpolate(MaskCLIP().objects(hidden), (32, 48), mode="bilinear")[0, 0]
+    assert 0.1 < (mask.labels == 0).mean() < 0.9
+    assert np.array_equal(mask.labels == 0, objects <= 0.5)
 
 
 @pytest.mark.parametrize("refine", ["pamr", "crf", lambda image, scores: scores])

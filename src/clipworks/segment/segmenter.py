@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
 
 LARGEST_SIDE = 4096  # as of an encoder's images; larger ones are brought down to it first
+LONGEST = 16384  # a longer side in pixels up to which an image is enlarged: a line of pixels stays one
 SCALE = 40.0  # of the cosines before the softmax; one value for all data (NACLIP's, Trident's)
 CANVAS = 320  # longer side on which masks are refined
 BAND = 2**22  # numbers of a band of rows that is interpolated at a time
@@ -165,7 +166,7 @@ class Segmenter:
 
     def _segment(self, pixels: np.ndarray, key: str) -> Mask:
         height, width = pixels.shape[:2]
-        factor = self.side / min(height, width)
+        factor = min(self.side / min(height, width), max(1.0, LONGEST / max(height, width)))
         tall, wide = max(self.patch, round(height * factor)), max(self.patch, round(width * factor))
         resized = _resize(pixels, tall, wide, "bicubic")
         image = padded(torch.from_numpy(resized).permute(2, 0, 1) / 255, self.patch)
