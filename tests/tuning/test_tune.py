@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +83,26 @@ def test_what_was_forgotten_is_read_by_the_words_of_the_probe(folder, model, tmp
     assert moved.forgotten["zeroshot_accuracy"] == before - after
 
 
+def test_an_image_that_cannot_be_read_is_left_out_and_told(folder, model, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "torn")
+    for name in ("red/0.png", "blue/5.png"):
+        (tmp_path / "torn" / name).write_bytes(b"no picture")
+    options = {"model": model, "shots": 4, "augment": "none", "epochs": 1, "probe": tmp_path / "torn"}
+    report = tune(tmp_path / "torn", "wise_ft", out=tmp_path / "a.safetensors", **options)
+    assert [Path(e["key"]).name for e in report.left_out] == ["5.png", "0.png"] * 2  # of the data, and of the probe
+    assert "not a known image format" in report.left_out[0]["reason"]
+    assert (report.images, report.held_out) == (12, 4)
+    line = ["tune", str(tmp_path / "torn"), "--method", "wise_ft", "--model", str(model), "--epochs", "1"]
+    assert main([*line, "--out", str(tmp_path / "b.safetensors")]) == 0
+    assert "5.png': is not a known image format" in capsys.readouterr().err
+    assert main([*line, "--out", str(tmp_path)]) == 2
+    assert "out must be a file" in capsys.readouterr().err
+    for path in (tmp_path / "torn").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ClipworksError, match=r"data must hold images that can be used\. Got none: image"):
+        tune(tmp_path / "torn", "wise_ft", out=tmp_path / "c.safetensors", model=model)
+
+
 def test_alpha_is_chosen_on_half_of_the_held_out_images(folder, model, tmp_path):
     report = tune(folder, "wise_ft", out=tmp_path / "a.safetensors", model=model, shots=2, lr=1e-2, epochs=2,
                   augment="none", choose_alpha=True)  # fmt: skip
@@ -105,6 +127,7 @@ def test_captions_for_methods_on_pairs(folder, model, tmp_path):
         ("clip_svf", {}, "Did you mean 'clip_svd'"),
         ("clip_svd", {"rank": 3}, "clip_svd has no setting 'rank'"),
         ("clip_svd", {"names": ["red", "green", "bleu"]}, "Missing: 'blue'.*Did you mean 'bleu'"),
+        ("clip_svd", {"names": ["red", "red", "green", "blue"]}, "names must be distinct"),
         ("clip_refine", {"choose_alpha": True}, "choose_alpha needs a method with alpha"),
         ("wise_ft", {"choose_alpha": True, "shots": 0}, "choose_alpha needs held-out images"),
     ],

@@ -64,6 +64,8 @@ def tune(
         if given:
             own[key] = class_names(given)
     found = work(data, method, out=out, **own)
+    for entry in found.left_out:
+        note(f"clipworks: left out: image {entry['key']!r}: {entry['reason']}")
     if json:
         return facts(found.as_dict(), as_json=True)
     emit(found.as_rows(), empty="nothing was measured: draw fewer --shots, or give --validation or --probe")

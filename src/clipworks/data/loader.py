@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadImage, check_choice, check_range
+from .decode import decode
 from .item import Item
 
 if TYPE_CHECKING:
@@ -74,6 +75,23 @@ def load_batches(
     check_range("batch_size", batch_size, 1)
     workers = available_cores() if workers is None else int(check_range("workers", workers, 1))
     return _batches(items, preprocess, batch_size, workers, on_error)
+
+
+def readable(items: Iterable[Item], workers: int | None = None) -> tuple[list[Item], list[BadImage]]:
+    """Return the items whose image can be decoded, in their order, and why the others cannot; each is decoded once."""
+    good: list[Item] = []
+    errors: list[BadImage] = []
+    for batch in load_batches(items, _decoded, 256, workers, on_error="report"):
+        good += batch.items
+        errors += batch.errors
+    return good, errors
+
+
+def _decoded(source: Any, key: str) -> torch.Tensor:
+    import torch
+
+    decode(source, key=key)
+    return torch.empty(0)
 
 
 def available_cores(most: int = 16) -> int:

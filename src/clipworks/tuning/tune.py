@@ -19,14 +19,15 @@ import torch
 
 from ..atomic import write_json
 from ..data.item import Item
+from ..data.loader import readable
 from ..data.shots import draw
 from ..encoders.loading import resolve
-from ..errors import ClipworksError, check_choice, check_range, closest
+from ..errors import BadImage, ClipworksError, check_choice, check_range, closest
 from ..metrics.retrieval import image_retrieval
 from ..registry import MethodInfo, get_method, methods
 from ..training.evaluate import Probe, change_rows, recalls, zeroshot
 from ..training.feed import open_items
-from ..zeroshot.classifier import class_vectors
+from ..zeroshot.classifier import check_names, class_vectors
 from .common import TEMPLATE
 
 AREAS = ("prompts", "tuning")
@@ -44,6 +45,7 @@ class TuneReport:
     task, probe : name of a measure -> (before, after), in percent
     forgotten : name of a measure of the probe -> points lost (negative: gained)
     alpha : share of the change that was kept, where the method has one
+    left_out : images that cannot be read, each as {"key": ..., "reason": ...}
     fitted : the fitted method
     """
 
@@ -57,6 +59,7 @@ class TuneReport:
     probe: dict[str, tuple[float, float]] = field(default_factory=dict)
     forgotten: dict[str, float] = field(default_factory=dict)
     alpha: float | None = None
+    left_out: list[dict[str, str]] = field(default_factory=list)
     fitted: Any = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,9 +124,13 @@ def tune(
             raise ClipworksError(f"{method} has no setting {name!r}. It takes {shown}.{closest(name, known)}")
     if choose_alpha and "alpha" not in known:
         raise ClipworksError(f"choose_alpha needs a method with alpha. {method} has none.")
+    if Path(out).is_dir():
+        raise ClipworksError(f"out must be a file. {str(out)!r} is a folder.")
+    left_out: list[BadImage] = []
+    every = open_items(data)
+    items = _usable(every, "data", left_out)
+    labels = [item.label for item in every]
     encoder = resolve(model)
-    items = open_items(data)
-    labels = [item.label for item in items]
     if all(labels):
         table = _names([str(label) for label in labels], names)
         learned, rest = _drawn(items, list(table), shots, seed)
@@ -134,7 +141,7 @@ def tune(
     else:
         pairs = " or every image a caption" if getattr(kind, "pairs", False) else ""
         raise ClipworksError(f"data must give every image a label{pairs}. {sum(not v for v in labels)} have none.")
-    rest = rest if validation is None else open_items(validation, "validation")
+    rest = rest if validation is None else _usable(open_items(validation, "validation"), "validation", left_out)
     held: dict[str, Any] = {}
     if choose_alpha:
         chosen, rest = rest[::2], rest[1::2]
@@ -152,6 +159,8 @@ def tune(
         "task": Probe.open(rest, table or None) if rest else None,
         "probe": None if probe is None else Probe.open(probe, probe_names, argument="probe"),
     }
+    if (kept := probes["probe"]) is not None:
+        kept.items = _usable(kept.items, "probe", left_out)
     templates = getattr(made, "templates", TEMPLATE)
     before = {name: _zero_shot(encoder, p, templates) for name, p in probes.items() if p is not None}
     if searches := hasattr(made, "vectors"):
@@ -167,7 +176,8 @@ def tune(
     made.save(path)
     taken = {k: v for k, v in made.get_params(deep=False).items() if k not in ("encoder", "names")}
     report = TuneReport(method, taken, str(path), shots or None, len(learned), len(rest), fitted=made,
-                        alpha=getattr(made, "alpha_", None))  # fmt: skip
+                        alpha=getattr(made, "alpha_", None),
+                        left_out=[{"key": e.key, "reason": e.reason} for e in left_out])  # fmt: skip
     for name in before:
         setattr(report, name, {k: (v, after[name][k]) for k, v in before[name].items() if k in after[name]})
     report.forgotten = {name: one - two for name, (one, two) in report.probe.items()}
@@ -186,12 +196,21 @@ def find(method: str) -> MethodInfo:
     return next(info for info in tunable() if info.name == name)
 
 
+def _usable(items: list[Item], argument: str, left_out: list[BadImage]) -> list[Item]:
+    """Return the images that can be read, and add the others to those left out."""
+    found, errors = readable(items)
+    if not found:
+        raise ClipworksError(f"{argument} must hold images that can be used. Got none: {errors[0]}.")
+    left_out += errors
+    return found
+
+
 def _names(labels: Sequence[str], names: Sequence[str] | Mapping[str, str] | None) -> dict[str, str]:
     """Return label -> class name for every class."""
     if isinstance(names, Mapping):
         table = {str(label): str(name) for label, name in names.items()}
     else:
-        table = {str(name): str(name) for name in names or sorted(set(labels))}
+        table = {name: name for name in check_names(names or sorted(set(labels)))}
     if unknown := sorted(set(labels) - set(table)):
         raise ClipworksError(
             f"names must hold every label of data. Missing: {unknown[0]!r}.{closest(unknown[0], table)}"
