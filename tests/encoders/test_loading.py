@@ -18,7 +18,7 @@ import clipworks
 from clipworks.encoders import loading
 from clipworks.encoders.config import CLIP_MEAN, CLIP_STD
 from clipworks.encoders.formats import hub, huggingface, keymap, openai
-from clipworks.encoders.loading import load, models, save
+from clipworks.encoders.loading import load, models, resolve, save
 from clipworks.encoders.published import ARCHITECTURES, HUB
 from clipworks.errors import BadWeights, ClipworksError, UnknownName
 
@@ -281,3 +281,8 @@ def test_unknown_layouts_say_what_was_found(tmp_path):
     (tmp_path / "page.pt").write_text("<html>not found</html>")
     with pytest.raises(BadWeights, match=r"neither safetensors nor a file of torch.save"):
         load(tmp_path / "page.pt")
+
+
+def test_an_argument_that_means_an_encoder_is_named():
+    with pytest.raises(ClipworksError, match=r"encoder: name_or_path must be a name .* Got 'clipworks-smal'"):
+        resolve("clipworks-smal")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BadWeights, ClipworksError, UnknownName, check_range, closest
+from ..errors import BadWeights, ClipworksError, UnknownName, check_range, closest, naming
 from .encoder import Encoder
 from .formats import files, hub, huggingface, native, open_clip, openai
 from .formats.native import save
@@ -26,7 +26,10 @@ def resolve(encoder: str | os.PathLike | Encoder | None) -> Encoder:
     there, everything else itself."""
     if encoder is None:
         return load()
-    return load(encoder) if isinstance(encoder, str | os.PathLike) else encoder
+    if not isinstance(encoder, str | os.PathLike):
+        return encoder
+    with naming("encoder"):
+        return load(encoder)
 
 
 def load(
