@@ -33,6 +33,7 @@ from ..errors import ClipworksError, check_choice, check_range
 from ..losses.common import check_rows, similarities
 from ..registry import method
 from ..zeroshot.sentences import as_text, as_vectors, softmax
+from .common import UNKNOWN
 
 PROMPTS, EPS = 16, 1e-4
 RULES = ("atd", "ctw")
@@ -79,7 +80,7 @@ class CLIPN:
         rule: str = "atd",
         scale: float = 100.0,
         names: Sequence[str] | None = None,
-        unknown: str = "none of these",
+        unknown: str = UNKNOWN,
     ):
         check_choice("rule", rule, RULES)
         check_range("scale", scale, 0)

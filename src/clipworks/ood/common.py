@@ -9,6 +9,8 @@ import numpy as np
 from ..errors import ClipworksError
 from ..heads.common import as_array
 
+UNKNOWN = "none of these"  # label of an image that shows none of the classes
+
 
 def as_logits(name: str, logits: Any) -> np.ndarray:
     """Return logits (..., C) as float64, or raise naming the argument."""

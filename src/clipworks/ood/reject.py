@@ -29,6 +29,7 @@ from ..heads.common import check_vectors, fold_numbers, unit
 from ..registry import method
 from ..types import Features
 from ..zeroshot.open_set import lower_threshold
+from .common import UNKNOWN
 from .energy import energy
 from .max_logit import max_logit
 from .msp import msp
@@ -147,7 +148,7 @@ class Reject(BaseEstimator):
         known = self.decision_function(x) > 0
         found = np.asarray(self.classifier_.predict(check_vectors(self, x)))
         words = found.dtype.kind not in "biuf"
-        unknown = ("none of these" if words else -1) if self.unknown is None else self.unknown
+        unknown = (UNKNOWN if words else -1) if self.unknown is None else self.unknown
         return np.where(known, found.astype(object), unknown).astype(object if words else np.int64)
 
     def _table(self, classifier: Any, shots: np.ndarray, x: np.ndarray) -> np.ndarray:
