@@ -38,6 +38,11 @@ def images(n=2, height=16, width=24, seed=0):
     return torch.rand(n, 3, height, width, generator=draw, dtype=torch.float64)
 
 
+def made(*shape, seed=0):
+    """Normal numbers in float32."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def hidden(encoder=None, **options):
     with torch.no_grad():
         return enter(encoder or toy(), images(), **options)

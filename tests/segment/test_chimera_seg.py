@@ -5,6 +5,7 @@ import plain_dense as plain
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_dense import made
 
 from clipworks.encoders.tokenizers.bpe import CLIPTokenizer
 from clipworks.encoders.toy import toy_encoder
@@ -29,10 +30,6 @@ NAMES = ["red", "green", "blue"]
 @pytest.fixture(scope="module")
 def encoder():
     return toy_encoder(tokenizer=CLIPTokenizer()).float()
-
-
-def made(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

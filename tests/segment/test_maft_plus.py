@@ -4,6 +4,7 @@ import numpy as np
 import plain_dense as plain
 import pytest
 import torch
+from plain_dense import made
 
 from clipworks.encoders.tokenizers.bpe import CLIPTokenizer
 from clipworks.encoders.toy import toy_encoder
@@ -27,10 +28,6 @@ NAMES = ["red", "green"]
 @pytest.fixture(scope="module")
 def encoder():
     return plain.toy().float()
-
-
-def made(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def transfer(form="semantic", dim=16):

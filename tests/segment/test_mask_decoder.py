@@ -4,6 +4,7 @@ import numpy as np
 import plain_dense as plain
 import pytest
 import torch
+from plain_dense import made
 
 from clipworks.errors import ClipworksError
 from clipworks.segment.mask_decoder import (
@@ -17,10 +18,6 @@ from clipworks.segment.mask_decoder import (
     tower_maps,
 )
 from clipworks.segment.mask_losses import MaskCriterion, proposal_losses
-
-
-def made(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def decoder(channels=(6, 3), **options):

@@ -4,6 +4,7 @@ import numpy as np
 import plain_dense as plain
 import pytest
 import torch
+from plain_dense import made
 
 from clipworks.encoders.tokenizers.bpe import CLIPTokenizer
 from clipworks.encoders.toy import toy_encoder
@@ -20,10 +21,6 @@ NAMES = ["red", "green", "blue"]
 @pytest.fixture(scope="module")
 def encoder():
     return toy_encoder(tokenizer=CLIPTokenizer()).float()
-
-
-def made(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def parts(gate=0.0, queries=5, channels=(6, 3)):

@@ -199,19 +199,12 @@ class MAFTPlus(TrainedDense):
         words: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """Logits (B, Q, K) of CLIP for masks (B, Q, h, w), without void."""
-        stem = None
-        if hidden.embedded is not None:
-            stem = hidden.embedded.transpose(1, 2).unflatten(2, hidden.grid)
-        pooled = mask_pool(trunk, masks)
-        recall = () if stem is None else (mask_pool(stem, masks),)
-        vectors = F.normalize(hidden.visual.project(pooled, *recall), dim=-1)
+        vectors = F.normalize(mask_vectors(hidden, masks, trunk), dim=-1)
         rows = parts.head.rows(words)
         if parts.transfer is None:
             moved = rows.expand(len(vectors), -1, -1)
         else:
-            cells = hidden.visual.project(
-                trunk.flatten(2).transpose(1, 2), *(() if stem is None else (hidden.embedded,))
-            )
+            cells = cell_vectors(hidden, trunk).flatten(1, 2)
             places = sine_positions(trunk.shape[2], trunk.shape[3], 4 * -(-cells.shape[-1] // 4))[:, : cells.shape[-1]]
             moved = parts.transfer(rows, F.normalize(cells, dim=-1), places.to(cells))
         scale = encoder.log_scale.detach().exp().clamp(max=100)
@@ -221,9 +214,7 @@ class MAFTPlus(TrainedDense):
 
     def features(self, hidden: Hidden) -> torch.Tensor:
         """A map (B, h, w, dim) of the tuned tower, not normalised."""
-        trunk = value_map(hidden).flatten(2).transpose(1, 2)
-        recall = () if hidden.embedded is None else (hidden.embedded,)
-        return hidden.visual.project(trunk, *recall).unflatten(1, hidden.grid)
+        return cell_vectors(hidden, value_map(hidden))
 
     def local(self, hidden: Hidden, words: torch.Tensor) -> torch.Tensor:
         """The semantic map (B, K, h, w)."""
@@ -244,6 +235,32 @@ def value_map(hidden: Hidden) -> torch.Tensor:
         return hidden.inputs[-1].transpose(1, 2).unflatten(2, hidden.grid)
     tokens = hidden.finish(hidden.attend("identity"))[:, hidden.prefix :]
     return tokens.transpose(1, 2).unflatten(2, hidden.grid)
+
+
+def cell_vectors(hidden: Hidden, trunk: torch.Tensor) -> torch.Tensor:
+    """What a tower says of every cell of a trunk's map (B, width, h, w): (B, h, w, dim), not normalised."""
+    recall = () if hidden.embedded is None else (hidden.embedded,)
+    return hidden.visual.project(trunk.flatten(2).transpose(1, 2), *recall).unflatten(1, hidden.grid)
+
+
+def mask_vectors(hidden: Hidden, masks: torch.Tensor, trunk: torch.Tensor | None = None) -> torch.Tensor:
+    """What a tower says of masks: means of its trunk's map under each, through its head; not normalised.
+
+    Parameters
+    ----------
+    hidden : of the images
+    masks : (B, Q, h, w), logits
+    trunk : (B, width, h, w), by default `value_map` of the images
+
+    Returns
+    -------
+    (B, Q, dim)
+    """
+    pooled = mask_pool(value_map(hidden) if trunk is None else trunk, masks)
+    if hidden.embedded is None:
+        return hidden.visual.project(pooled)
+    stem = hidden.embedded.transpose(1, 2).unflatten(2, hidden.grid)
+    return hidden.visual.project(pooled, mask_pool(stem, masks))
 
 
 def quality_loss(likely: torch.Tensor, masks: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

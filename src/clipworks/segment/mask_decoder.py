@@ -168,6 +168,11 @@ class WordHead(nn.Module):
         """(B, Q, width) and unit rows (K, dim) to (B, Q, K + 1)."""
         return self.scale * F.normalize(self.embed(queries), dim=-1) @ self.rows(words).T
 
+    def painted(self, proposals: Proposals) -> torch.Tensor:
+        """The queries' unit vectors, each weighted by its mask: a map (B, h, w, dim), not normalised."""
+        unit = F.normalize(self.embed(proposals.queries), dim=-1)
+        return torch.einsum("bqd,bqhw->bhwd", unit, proposals.masks.sigmoid())
+
     def rows(self, words: torch.Tensor) -> torch.Tensor:
         """The unit rows (K + 1, dim): class words (K, dim), then "no object"."""
         return torch.cat([words.to(self.none), F.normalize(self.none, dim=0)[None]])

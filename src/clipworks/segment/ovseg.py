@@ -269,8 +269,7 @@ class OVSeg(TrainedDense):
         """A map (B, h, w, dim) of the decoder's embeddings, each weighted by its mask; not normalised."""
         parts: Any = self.parts_
         found = parts.decoder(tower_maps(hidden))
-        embedded = F.normalize(parts.head.embed(found.queries), dim=-1)
-        return torch.einsum("bqd,bqhw->bhwd", embedded, found.masks.sigmoid())
+        return parts.head.painted(found)
 
     def local(self, hidden: Hidden, words: torch.Tensor) -> torch.Tensor:
         """The semantic map (B, K, h, w)."""

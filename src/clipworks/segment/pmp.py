@@ -28,8 +28,8 @@ from ..errors import check_range
 from ..metrics.segmentation import IGNORE
 from ..registry import method
 from .common import Hidden, enter
-from .maft_plus import value_map
-from .mask_decoder import MaskDecoder, Proposals, WordHead, map_channels, mask_pool, semantic_map, share, tower_maps
+from .maft_plus import mask_vectors
+from .mask_decoder import MaskDecoder, Proposals, WordHead, map_channels, semantic_map, share, tower_maps
 from .mask_losses import MaskCriterion, proposal_losses
 from .ovseg import ensemble
 from .proposals import without_doubles
@@ -157,8 +157,7 @@ class PMP(TrainedDense):
         """A map (B, h, w, dim) of the decoder's embeddings for the fitted names, each weighted by its mask."""
         parts: Any = self.parts_
         found = parts(tower_maps(hidden), self.words_)
-        embedded = F.normalize(parts.head.embed(found.queries), dim=-1)
-        return torch.einsum("bqd,bqhw->bhwd", embedded, found.masks.sigmoid())
+        return parts.head.painted(found)
 
     def local(self, hidden: Hidden, words: torch.Tensor) -> torch.Tensor:
         """The semantic map (B, K, h, w)."""
@@ -204,15 +203,6 @@ def shown_names(labels: torch.Tensor, names: int, shown: int | None) -> tuple[to
     table = torch.full((IGNORE + 1,), IGNORE, dtype=labels.dtype)
     table[chosen] = torch.arange(len(chosen), dtype=labels.dtype)
     return chosen, table.to(labels.device)[labels]
-
-
-def mask_vectors(hidden: Hidden, masks: torch.Tensor) -> torch.Tensor:
-    """What a tower says of masks (B, Q, h, w): means of its last map under each, through its head, (B, Q, dim)."""
-    pooled = mask_pool(value_map(hidden), masks)
-    if hidden.embedded is None:
-        return hidden.visual.project(pooled)
-    stem = hidden.embedded.transpose(1, 2).unflatten(2, hidden.grid)
-    return hidden.visual.project(pooled, mask_pool(stem, masks))
 
 
 def merged(masks: torch.Tensor, likely: torch.Tensor, overlap: float = OVERLAP) -> torch.Tensor:
