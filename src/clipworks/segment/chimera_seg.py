@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.item import Item
-from ..encoders.layers import Rule
+from ..encoders.layers import RULES, Rule
 from ..errors import check_choice, check_range
 from ..metrics.segmentation import IGNORE
 from ..pretraining.parts import need_vit
@@ -39,7 +39,6 @@ from .trained import TrainedDense
 if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
 
-RULES = ("qk", "qq", "kk", "vv", "identity")
 START, END = 1.0, 0.1  # share of the tokens that the class token teaches, at the first and at the last step
 
 
