@@ -132,6 +132,26 @@ def test_figures_beside_other_libraries_are_those_of_the_measurements(build):
         assert float(ratio) == pytest.approx(quotient, rel=0.05), what  # medians of ratios are not ratios of medians
 
 
+def test_faults_of_the_page_are_those_that_were_counted(build):
+    text = build.figures.RELIABILITY.read_text(encoding="utf-8")
+    told, counted = text.split(build.figures.BEGIN)
+    files = {number: set(re.findall(r"(?:tests|benchmarks)/[\w/]+\.py", where))
+             for number, where in re.findall(r"^\| (\d+) \| [^|]+ \| ([^|]+) \|", told, re.M)}  # fmt: skip
+    assert list(files) == [str(number) for number in range(1, 21)]
+    found = build.figures.results("faults")
+    assert set(re.findall(r"^\| (\d+) \| not counted", counted, re.M)) == set(files) - set(found["default"])
+    for part in ("default", "slow"):
+        for number, row in found[part].items():
+            assert set(row["files"]) <= files[number], number
+            assert row["passed"] > row["failed"], number
+            name = part if part == "slow" else ""
+            cells = rf"^\| {number} \| {name} \| (\d+) \| ([\d,]*) \| (\d+) \|"
+            shown = re.search(cells, counted, re.M).groups()
+            assert [int(cell.replace(",", "") or 0) for cell in shown] == [
+                row["tests"], row["injected"], row["failed"]]  # fmt: skip
+    assert not [path for paths in files.values() for path in paths if not (DOCS.parent / path).is_file()]
+
+
 def test_readme_names_the_two_commands_and_real_functions():
     import clipworks
 
