@@ -74,7 +74,7 @@ def _same(one: Path, other: Path) -> None:
         pytest.param(2, 4, marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_random_steps_ends_bit_equal(tmp_path, count, kills):
+def test_killed_at_random_steps_ends_bit_equal(tmp_path, count, kills, record_property):
     whole = _start(tmp_path / "whole", count)
     draw = random.Random()
     for step in sorted(draw.sample(range(4, STEPS - 12), kills)):
@@ -86,6 +86,7 @@ def test_killed_at_random_steps_ends_bit_equal(tmp_path, count, kills):
             assert process.returncode != 0, f"killed at {step}"
         assert time.monotonic() - began < 40
         assert not (tmp_path / "killed" / "model.safetensors").exists(), "ended before the kill"
+    record_property("injected", kills)
     _finish(_start(tmp_path / "killed", count))
     _finish(whole)
     _same(tmp_path / "whole", tmp_path / "killed")
