@@ -158,7 +158,7 @@ def opennerf(
     rays : per step
     lr : of the features at the start; it falls to a tenth, as that of density and colour does
     seed : of the start, the rays and the samples
-    progress : show a bar
+    progress : show a bar (default: on a terminal)
 
     Returns
     -------
@@ -208,7 +208,7 @@ def opennerf(
         optimisers.append((GEOMETRY_LR, torch.optim.Adam(radiance.parameters(), GEOMETRY_LR, eps=1e-15)))
     generator = torch.Generator().manual_seed(seed)
     history: list[torch.Tensor] = []
-    for step in Progress(range(steps), steps, "learning a scene", enabled=None if progress else False):
+    for step in Progress(range(steps), steps, "learning a scene", enabled=progress):
         if novel and step == (steps + 1) // 2:
             scene.views = _with_novel(scene, extractor, novel, turn, opaque, seed)  # type: ignore[arg-type]
         for rate, optimiser in optimisers:
@@ -290,5 +290,3 @@ def _with_novel(
         picture = (255 * seen.colour).round().clamp(0, 255).byte().numpy()
         views = views.and_rendered(seen.colour, extractor(picture), intrinsics, pose)
     return views
-
-
