@@ -139,7 +139,7 @@ def main() -> None:
             results[place][name] = {
                 m: {"mean": round(float(v.mean()), 2), "spread": round(float(np.ptp(v)), 2)} for m, v in each.items()
             }
-    if set(given.sets) == set(SETS) and set(given.only) == set(METHODS) and given.seeds > 2:
+    if set(given.only) == set(METHODS) and given.seeds > 2:
         print(record("unseen_segmentation", results, 0, digest.hexdigest()))
 
 

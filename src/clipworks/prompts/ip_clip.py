@@ -54,7 +54,7 @@ class Weights(NamedTuple):
 SCENARIOS = {"specified": Weights(-1.0, 0.1, 0.01, 1.0), "free": Weights(1.0, 5.0, 1.0, 5.0)}
 
 
-@method(card="ip-clip", level="M")
+@method(card="ip-clip", level="MR")
 class IPCLIP(PromptMethod):
     """Learn prompts that work on one domain and fail on another.
 
