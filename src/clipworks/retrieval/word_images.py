@@ -80,20 +80,20 @@ def draw_word(
     )
     letters = _font(font, max(8, int(size * rng.uniform(*height))))
     left, top, right, bottom = letters.getbbox(word)
-    width, height = max(1, int(right - left)), max(1, int(bottom - top))
-    shrink = min(1.0, 0.85 * size / width)
-    patch = Image.new("L", (width + 2, height + 2), 0)
+    wide, tall = max(1, int(right - left)), max(1, int(bottom - top))
+    shrink = min(1.0, 0.85 * size / wide)
+    patch = Image.new("L", (wide + 2, tall + 2), 0)
     ImageDraw.Draw(patch).text((1 - left, 1 - top), word, fill=255, font=letters)
-    width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
+    wide, tall = max(1, int(wide * shrink)), max(1, int(tall * shrink))
     angle = rng.uniform(-tilt, tilt)
-    turned = patch.resize((width, height)).rotate(angle, expand=True, resample=Image.Resampling.BICUBIC)
+    turned = patch.resize((wide, tall)).rotate(angle, expand=True, resample=Image.Resampling.BICUBIC)
     corner = [int(rng.integers(0, max(1, size - side))) for side in turned.size]
     under = np.asarray(ground.crop((corner[0], corner[1], corner[0] + turned.width, corner[1] + turned.height))).mean()
     colour = rng.integers(0, 70, 3) if under > 127 else rng.integers(185, 256, 3)
     ground.paste(Image.new("RGB", turned.size, tuple(int(c) for c in colour)), (corner[0], corner[1]), turned)
     turn = np.deg2rad(angle)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    box = np.array([[-width, -height], [width, -height], [width, height], [-width, height]]) / 2
+    box = np.array([[-wide, -tall], [wide, -tall], [wide, tall], [-wide, tall]]) / 2
     return WordImage(ground, word, box @ rotation.T + corner + np.array(turned.size) / 2)
 
 
