@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 
-from clipworks.training import checkpoint
 from clipworks.training.checkpoint import checkpoints, newest_checkpoint, read_tensors, save_checkpoint
 
 
@@ -63,7 +63,7 @@ def test_nothing_usable_is_none(tmp_path):
 def test_death_between_the_writes_leaves_the_previous(tmp_path, monkeypatch, at):
     """The process dies at the first move (tensors) or at the second (JSON)."""
     _save(tmp_path, 1)
-    moves, move = [], checkpoint.os.replace
+    moves, move = [], os.replace
 
     def die(source, target):
         moves.append(target)
@@ -71,7 +71,7 @@ def test_death_between_the_writes_leaves_the_previous(tmp_path, monkeypatch, at)
             raise KeyboardInterrupt
         move(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", die)
+    monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
         _save(tmp_path, 2)
     monkeypatch.undo()
