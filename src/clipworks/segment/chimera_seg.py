@@ -91,7 +91,7 @@ class ChimeraParts(nn.Module):
         return F.normalize(g, dim=-1).unflatten(1, fine.shape[2:])
 
 
-@method(card="chimera-seg", level="M")
+@method(card="chimera-seg", level="MR")
 class ChimeraSeg(TrainedDense):
     """A segmentation body under CLIP's frozen last layers.
 
