@@ -123,7 +123,7 @@ def test_a_file_of_another_method_is_refused(tmp_path, encoder):
         dense_method(path)
     with pytest.raises(ClipworksError, match="path must be a file of test_trained"):
         Probe.load(path)
-    with pytest.raises(ClipworksError, match="There is none"):
+    with pytest.raises(ClipworksError, match=r"method must be a name or a \.safetensors file\. Nothing is at"):
         dense_method(str(tmp_path / "none.safetensors"))
     record = {"method": "test_trained", "settings": {}, "names": NAMES, "fingerprint": encoder.fingerprint,
               "encoder": None}  # fmt: skip
