@@ -32,7 +32,7 @@ TUNED = ("lora(steps_per_shot=5)", "clip_svd(steps_per_shot=5)", "flyp(lr=0.0001
 FEW_SHOT = ("oxford_pets", "traffic_lights", "textiles", "pacs")
 BASE_TO_NEW = ("pacs", "cifar10", "fashion_mnist", "caltech101")
 PARTS = {"few-shot": (FEW_SHOT, 4, (*PROMPTS, *TUNED)), "base-to-new": (BASE_TO_NEW, 8, (*PROMPTS, *TUNED[:2]))}
-EVERY, CALTECH = 5, "caltech101_every_5th"  # class takes part
+EVERY, CALTECH = 10, "caltech101_every_10th"  # class takes part
 
 
 def main() -> None:
