@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..encoders.encoder import Encoder
 
 
-@method(card="coop", level="M")
+@method(card="coop", level="MR")
 class CoOp(PromptMethod):
     """Learn the context of the class names.
 

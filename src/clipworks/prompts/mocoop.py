@@ -44,7 +44,7 @@ BOOST = 10.0  # what the two best groups get in the router's target
 NOISY = 0.5  # share of the steps with noise
 
 
-@method(card="mocoop", level="M")
+@method(card="mocoop", level="MR")
 class MoCoOp(PromptMethod):
     """Learn a context per group of templates, and which of them suit an image.
 

@@ -26,7 +26,7 @@ from .common import TEMPLATE, Tuned, Tuner, run
 from .shots import Shots
 
 
-@method(card="few-shot-foundations", level="M")
+@method(card="few-shot-foundations", level="MR")
 class FLYP(Tuner):
     """Fine-tune both towers contrastively, on labels that speak through templates, or on captions.
 

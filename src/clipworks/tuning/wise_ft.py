@@ -28,7 +28,7 @@ from .common import TEMPLATE, Tuned, Tuner, run_head
 from .shots import Shots
 
 
-@method(card="distillation-foundations", level="M")
+@method(card="distillation-foundations", level="MR")
 class WiseFT(Tuner):
     """Fine-tune the image tower with a head, and keep a share of the change.
 
