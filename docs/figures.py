@@ -1,10 +1,11 @@
-"""Tables of measured figures in docs/peers.md, serving.md, reliability.md, written from the benchmarks' JSON files."""
+"""Tables of measured figures in the pages of `TABLES`, written from the benchmarks' JSON files."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,11 @@ def inspected() -> str:
     return "\n\n".join(by_set(found, metric) for metric in ("image AUROC", "AUPRO"))
 
 
+def percent(mean_and_spread: list[float]) -> str:
+    """Mean and spread of a share."""
+    return " ± ".join(f"{100 * value:.1f}" for value in mean_and_spread)
+
+
 def by_set(found: dict[str, Any], metric: str) -> str:
     """Methods in rows, sets in columns, mean and spread in percent."""
     sets = [title for title, part in found.items() if any(metric in row for row in part.values())]
@@ -163,7 +169,7 @@ def by_set(found: dict[str, Any], metric: str) -> str:
     lines = [f"| {metric} | {' | '.join(sets)} |", "|---" + "|---:" * len(sets) + "|"]
     for way in ways:
         rows = (found[title].get(way, {}).get(metric) for title in sets)
-        cells = (" ± ".join(f"{100 * value:.1f}" for value in row) if row else "" for row in rows)
+        cells = (percent(row) if row else "" for row in rows)
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -187,7 +193,7 @@ def unknown() -> str:
     titles = [measure.removesuffix(": AUROC") for measure in measures]
     lines = [f"| score | {' | '.join(titles)} | known images refused |", "|---" + "|---:" * (len(titles) + 1) + "|"]
     for way, row in found.items():
-        cells = (" ± ".join(f"{100 * value:.1f}" for value in row[measure]) for measure in (*measures, "refused"))
+        cells = (percent(row[measure]) for measure in (*measures, "refused"))
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -199,7 +205,7 @@ def learned() -> str:
         most = max(map(len, found[protocol].values()))
         sets = [part for part in found[protocol].values() if len(part) == most]  # where every method has run
         means[protocol] = {
-            method: sum(_mean(next(iter(part[method].values()))["accuracy"]) for part in sets) / len(sets)
+            method: fmean(fmean(next(iter(part[method].values()))["accuracy"]) for part in sets)
             for method in sets[0]
         }
     lines = ["| method | few-shot | base-to-new |", "|---|---:|---:|"]
@@ -207,10 +213,6 @@ def learned() -> str:
         cells = (f"{means[protocol][method]:.1f}" if method in means[protocol] else "" for protocol in means)
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 TABLES = {PEERS: (table,), SERVING: (served,), RELIABILITY: (counted,), INSPECTING: (inspected, stored, unknown),

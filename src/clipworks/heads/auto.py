@@ -159,7 +159,7 @@ class Auto(Head):
         if x is None:
             return self._without_shots()
         candidates = self._candidates()
-        shots = self._open(x, y, groups, validation, self.unseen)
+        shots = self._open(x, y, groups, validation)
         splits = shots.splits(self.folds)
         tried = [self._try(*entry, shots, splits, end if number else None) for number, entry in enumerate(candidates)]
         winner = self._choose(tried)

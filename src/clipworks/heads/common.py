@@ -116,7 +116,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
             than two classes; if a class of `text` has no shot, but for heads that learn it from its word; or if a
             setting is out of its range.
         """
-        shots = self._open(x, y, groups, validation, self.unseen)
+        shots = self._open(x, y, groups, validation)
         self._take(self._learn(shots), shots)
         return self
 
@@ -156,8 +156,8 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
     def _sum(self, x: np.ndarray, scores: np.ndarray) -> np.ndarray:
         return scores if self.text_ is None else zero_shot(x, self.text_) + self.alpha_ * scores
 
-    def _open(self, x: Any, y: Any, groups: Any = None, validation: Any = None, unseen: bool = False) -> Shots:
-        """Check everything `fit` is given; sets `classes_`, `text_`. `unseen` allows classes that have only words."""
+    def _open(self, x: Any, y: Any, groups: Any = None, validation: Any = None) -> Shots:
+        """Check everything `fit` is given; sets `classes_`, `text_`."""
         y = x.labels if y is None and isinstance(x, Features) else y
         vectors, y = check_vectors(self, x, y, fit=True)
         self.classes_, self.text_ = class_words(self.text, y, vectors.shape[1], fingerprint(x))
@@ -165,7 +165,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):
             raise ClipworksError(f"y must hold at least 2 classes. Got 1 class, {self.classes_[0]!r}.")
         codes = class_numbers("y", y, self.classes_)
         count = np.bincount(codes, minlength=len(self.classes_))
-        if not unseen and not count.all():
+        if not self.unseen and not count.all():
             names = ", ".join(repr(c) for c in self.classes_[count == 0][:5].tolist())
             raise ClipworksError(f"y must hold a shot of every class of text. Got none of {names}.")
         if self.alpha is not None:
