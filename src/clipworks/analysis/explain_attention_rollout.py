@@ -57,7 +57,7 @@ def attention_rollout(encoder: Any, pixels: torch.Tensor, words: torch.Tensor) -
     tower = transformer(encoder)
     asked: list[Any] = list(range(tower.config.depth)) + (["pool"] if tower.pool is not None else [])
     with torch.no_grad():
-        output = tower.run(pixels.to(encoder.dtype), output_attention=asked)
+        output = tower.run(pixels.to(encoder.device, encoder.dtype), output_attention=asked)
         flow = torch.eye(output.tokens.shape[1], device=encoder.device).expand(len(pixels), -1, -1)
         for layer in range(tower.config.depth):
             mixed = output.attentions[layer].float().mean(1)

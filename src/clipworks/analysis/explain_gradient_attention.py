@@ -70,7 +70,7 @@ def gradient_attention(encoder: Any, pixels: torch.Tensor, words: torch.Tensor) 
     asked = ["pool"] if tower.pool is not None else []
     with torch.enable_grad():
         rules = dict.fromkeys(range(tower.config.depth), keep)
-        output = tower.run(pixels.detach().to(encoder.dtype), attention=rules, output_attention=asked)
+        output = tower.run(pixels.detach().to(encoder.device, encoder.dtype), attention=rules, output_attention=asked)
         similarity = (F.normalize(output.pooled.float(), dim=-1) * words).sum()
         slopes = torch.autograd.grad(similarity, kept, allow_unused=True)
     flow = torch.eye(output.tokens.shape[1], device=encoder.device).expand(len(pixels), -1, -1)

@@ -63,13 +63,13 @@ def occlusion(
     tensor([[[0., 0.],
              [0., 0.]]])
     """
-    words = check_pairs(pixels, words, encoder)
+    words, pixels = check_pairs(pixels, words, encoder), pixels.to(encoder.device)
     check_range("cells", cells, 1, min(pixels.shape[2:]))
     check_range("batch_size", batch_size, 1)
     if not 1 <= square <= cells:
         raise ClipworksError(f"square must be from 1 to {cells} cells. Got {square!r}.")
     covers = squares(cells, square)
-    large = F.interpolate(covers[:, None], pixels.shape[2:], mode="nearest").bool()
+    large = F.interpolate(covers[:, None], pixels.shape[2:], mode="nearest").bool().to(pixels.device)
     with torch.no_grad():
         found = []
         for image, blurred, word in zip(pixels, blur(pixels), words, strict=True):

@@ -66,12 +66,12 @@ class StatePrompts(nn.Module):
     def forward(self, encoder: Any, words: list[str], extra: torch.Tensor | None = None) -> torch.Tensor:
         """Unit vectors (2, dim) of the two states with these two endings, or (n, 2, dim) with `extra` (n, m, width)
         tokens of each image behind the learned ones."""
-        ids = encoder.tokenize(words).to(self.context.device)
+        ids, home = encoder.tokenize(words), self.context.device
         if extra is None:
-            return encoder.encode_text(ids, prompts={0: self.context})
+            return encoder.encode_text(ids, prompts={0: self.context.to(encoder.device)}).to(home)
         n = len(extra)
         both = torch.cat([self.context.repeat(n, 1, 1), extra.repeat_interleave(2, 0)], 1)
-        return encoder.encode_text(ids.repeat(n, 1), prompts={0: both}).view(n, 2, -1)
+        return encoder.encode_text(ids.repeat(n, 1), prompts={0: both.to(encoder.device)}).to(home).view(n, 2, -1)
 
 
 def spread_layers(depth: int, count: int = 4) -> list[int]:

@@ -122,7 +122,7 @@ def grids(encoder: Any, pixels: torch.Tensor, layers: Sequence[int | str] | None
     if not chosen or len(stem) + len(blocks) < len(chosen):
         raise ClipworksError(f"layers must hold numbers of blocks, or names such as 'stem8'. Got {layers!r}.")
     seams: dict[str, Any] = {"output_stem": stem} if stem else {}
-    output = tower.run(pixels.to(encoder.dtype), output_layers=blocks, **seams)
+    output = tower.run(pixels.to(encoder.device, encoder.dtype), output_layers=blocks, **seams)
     maps = [output.stem[side] for side in stem]
     for number in blocks:
         x = output.layers[number]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.exceptions import NotFittedError
 
+from ..encoders.precision import exact_convolutions
 from ..errors import ClipworksError, check_range
 from .common import SMOOTHING, quantile, smooth, views
 from .result import AnomalyMap
@@ -165,8 +166,10 @@ class AnomalyDetector(OutlierMixin, BaseEstimator, ABC):
             raise NotFittedError(f"fit {type(self).__name__} with images of good parts before using it.")
 
     def _described(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            return self._describe(pixels)
+        """Features on the CPU, where memories are kept and judged, whatever device the encoder is on."""
+        with torch.no_grad(), exact_convolutions(self._model.device):
+            described = self._describe(pixels.to(self._model.device, self._model.dtype))
+            return {name: value.cpu() for name, value in described.items()}
 
     def _many(self, images: Any, argument: str = "images") -> dict[str, torch.Tensor]:
         """Features of all images of a source, for a detector that is trained on them at once."""

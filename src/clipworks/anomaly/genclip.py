@@ -158,7 +158,7 @@ class GenCLIP(AnomalyDetector):
 
     def _describe(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         tower = self._model.visual
-        embedded = tower.stem(pixels.to(self._model.dtype))
+        embedded = tower.stem(pixels)
         output = tower.run(embeddings=embedded, output_layers=self._chosen)
         cells = embedded.flatten(2).transpose(1, 2)
         found = {"image": F.normalize(output.pooled.float(), dim=-1)}

@@ -38,7 +38,7 @@ def value_layers(
     depth = len(tower.blocks)
     first = depth - (depth if blocks is None else int(check_range("blocks", blocks, 1, depth)))
     asked = [layer_index("layers", layer, depth) for layer in layers]
-    embedded = tower.stem(pixels.to(encoder.dtype))
+    embedded = tower.stem(pixels.to(encoder.device, encoder.dtype))
     usual = tower.run(embeddings=embedded)
     start = tower.run(embeddings=embedded, stop=0)
     tokens = second = start.tokens

@@ -113,13 +113,13 @@ class WinCLIP(AnomalyDetector):
 
     def _describe(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         visual = self._model.visual
-        embedded = visual.stem(pixels.to(self._model.dtype))
+        embedded = visual.stem(pixels)
         output = visual.run(embeddings=embedded)
         rows, columns = output.grid
         patches = visual.project(output.patches, embedded.flatten(2).transpose(1, 2))
         found = {"1": patches, "image": output.pooled}
         for side in self.windows:
-            places = window_places(rows, columns, side)
+            places = window_places(rows, columns, side).to(pixels.device)
             n = len(places)
             copies = embedded.repeat_interleave(n, 0)
             vectors = visual.run(embeddings=copies, keep=places.repeat(len(pixels), 1), whole=False).pooled

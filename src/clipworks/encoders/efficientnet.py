@@ -78,7 +78,7 @@ def _fusible(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # before the number of images is looked at, which is left open in an export
         return False
     return (
-        x.device.type == "cpu"
+        x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and len(x) > 0
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))

@@ -114,14 +114,20 @@ class Encoder(nn.Module):
     # -- differentiable ------------------------------------------------------------------------------------------
 
     def encode_image(self, pixels: torch.Tensor, *, normalize: bool = True, **seams: Any) -> torch.Tensor:
-        """Pixels (B, 3, H, W) to float32 (B, dim), with gradients; `seams` as in the tower's `run`."""
-        return _finish(self.visual(pixels.to(self.dtype), **seams), normalize)
+        """Pixels (B, 3, H, W) to float32 (B, dim), with gradients; `seams` as in the tower's `run`.
+
+        Pixels on another device come to the encoder's; the result stays there.
+        """
+        return _finish(self.visual(pixels.to(self.device, self.dtype), **seams), normalize)
 
     def encode_text(
         self, tokens: torch.Tensor | None = None, *, normalize: bool = True, **seams: Any
     ) -> torch.Tensor:
-        """Token ids (B, L) to float32 (B, dim), with gradients; `seams` as in the tower's `run`."""
-        return _finish(self.text(tokens, **seams), normalize)
+        """Token ids (B, L) to float32 (B, dim), with gradients; `seams` as in the tower's `run`.
+
+        Ids on another device come to the encoder's; the result stays there.
+        """
+        return _finish(self.text(None if tokens is None else tokens.to(self.device), **seams), normalize)
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unit image features, unit text features and the scale, for a contrastive loss."""
@@ -250,7 +256,8 @@ class Encoder(nn.Module):
         training = [m for m in self.modules() if m.training]
         self.eval()
         try:
-            with torch.inference_mode(), precisions.fast_matmul(self.device):
+            place = self.device
+            with torch.inference_mode(), precisions.fast_matmul(place), precisions.exact_convolutions(place):
                 yield
         finally:
             for module in training:

@@ -18,6 +18,7 @@ __all__ = ["load", "models", "resolve", "save"]
 
 BUNDLED = Path(__file__).with_name("weights")
 DEFAULT = "clipworks-small"
+DEVICE = "CLIPWORKS_DEVICE"  # environment variable: where encoders go that are loaded without saying where
 EXPORT = "clipworks-export.json"  # in a folder of another runtime, see `runtime.folder`
 
 
@@ -35,7 +36,7 @@ def resolve(encoder: str | os.PathLike | Encoder | None) -> Encoder:
 def load(
     name_or_path: str | os.PathLike = DEFAULT,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     precision: str | None = None,
     sha256: str | None = None,
     image_size: int | None = None,
@@ -56,7 +57,8 @@ def load(
         a path to a weights file, to a folder that holds one, or to one that `clipworks export` made,
         "ViT-B-32-quickgelu:weights.pt", an architecture of open_clip and a state dictionary without configuration
     device : where the weights go; "auto" is CUDA where there is one, else the CPU with the fastest runtime that is
-        true to fp32 on `images` (torch in fp32 without them)
+        true to fp32 on `images` (torch in fp32 without them); default: what the environment variable
+        CLIPWORKS_DEVICE says, else "cpu"
     precision : "fp32", "bf16", "fp16" or "auto" (see `precision.choose`); "int8" where the runtime has it (default:
         fp32; of an exported encoder its own; "auto" with another runtime)
     sha256 : expected digest of the weights file, 64 hexadecimal digits; checked before anything is parsed
@@ -78,12 +80,14 @@ def load(
     encoders.runtime.Refused
         If no form that was asked for is true to fp32.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        runtime = runtime or ("auto" if device == "cpu" and images is not None else None)
-    place = _device(device)
+    device = os.environ.get(DEVICE, "cpu") if device is None else device
     path, architecture = _find(name_or_path)
-    if path.is_dir() and (path / EXPORT).is_file():
+    exported = path.is_dir() and (path / EXPORT).is_file()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and not exported else "cpu"
+        runtime = runtime or ("auto" if device == "cpu" and images is not None and not exported else None)
+    place = _device(device)
+    if exported:
         return _exported(path, place, precision, sha256, image_size, runtime)
     if runtime not in (None, "torch"):
         if images is None or place.type != "cpu":

@@ -7,9 +7,10 @@ fast and, without special matrix units, just as exact. Whether it is exact here 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,9 +23,33 @@ TOLERANCE = 1e-5
 # (rows, in, out) of the probe: few and many rows, square, widening and narrowing, odd sizes
 SHAPES = ((1, 768, 768), (50, 768, 3072), (400, 3072, 768), (77, 513, 129))
 
-_lock = threading.Lock()
-_users = 0
-_before = "highest"
+class Switch:
+    """A setting that torch keeps per process, at `value` while at least one block of any thread holds it there."""
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], None], value: Any):
+        self.read, self.write, self.value = read, write, value
+        self._lock, self._users, self._before = threading.Lock(), 0, value
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold it inside the block; what it was before comes back when the last block ends."""
+        with self._lock:
+            if self._users == 0:
+                self._before = self.read()
+                self.write(self.value)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self.write(self._before)
+
+
+MEDIUM = Switch(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium")
+NO_TF32 = Switch(lambda: torch.backends.cudnn.allow_tf32,
+                 lambda value: setattr(torch.backends.cudnn, "allow_tf32", value), False)  # fmt: skip
 
 
 def choose(precision: str, device: torch.device | str) -> str:
@@ -86,22 +111,21 @@ def fast_matmul_error() -> float:
 def fast_matmul(device: torch.device | str = "cpu") -> Iterator[bool]:
     """Use the fast fp32 path on the CPU inside the block if it is exact here; always restored afterwards.
 
-    Gives True if the fast path is in use. Blocks may be nested and may run in several threads: the setting, which
-    torch keeps per process, is restored when the last of them ends.
+    Gives True if the fast path is in use. Blocks may be nested and may run in several threads.
     """
-    global _users, _before
     if torch.device(device).type != "cpu" or fast_matmul_error() >= TOLERANCE:
         yield False
         return
-    with _lock:
-        if _users == 0:
-            _before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("medium")
-        _users += 1
-    try:
+    with MEDIUM.held():
         yield True
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                torch.set_float32_matmul_precision(_before)
+
+
+@contextmanager
+def exact_convolutions(device: torch.device | str) -> Iterator[None]:
+    """Convolutions of fp32 in fp32 on a CUDA device too, where torch lets cuDNN round what is multiplied to 10 bits
+    (TF32) unless told otherwise: 5e-4 in the vectors of the bundled encoder."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    with NO_TF32.held():
+        yield

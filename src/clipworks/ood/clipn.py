@@ -134,11 +134,13 @@ class NoTower(nn.Module):
         super().__init__()
         check_range("prompts", prompts, 1)
         self.text = copy.deepcopy(encoder.text)
-        self.prompts = nn.Parameter(torch.zeros(prompts, encoder.context_length, encoder.config.text.width))
+        shape = (prompts, encoder.context_length, encoder.config.text.width)
+        self.prompts = nn.Parameter(torch.zeros(shape, device=encoder.device))
         self._tokens = encoder.tokenize
 
     def forward(self, tokens: torch.Tensor, prompt: int | None = None) -> torch.Tensor:
         """Token ids (B, L) to unit rows (B, dim), with one prompt or the mean of all."""
+        tokens = tokens.to(self.prompts.device)
         added = self.prompts.mean(0) if prompt is None else self.prompts[prompt]
         seams = {"eot": self.text.end(tokens)} if self.text.config.pool == "eot" else {}
         if self.text.config.mask_padding:
@@ -149,7 +151,7 @@ class NoTower(nn.Module):
     def texts(self, sentences: Sequence[str]) -> torch.Tensor:
         """Unit rows (n, dim) of sentences, so that `class_vectors(names, no_tower)` works."""
         with torch.inference_mode():
-            return self(self._tokens(list(sentences)))
+            return self(self._tokens(list(sentences))).cpu()
 
 
 def itbo_loss(image: torch.Tensor, yes: torch.Tensor, no: torch.Tensor, scale: float) -> torch.Tensor:
@@ -203,7 +205,8 @@ def teach_no(
         raise ClipworksError(f"image and captions must be as many, at least 2. Got {len(image)} and {len(captions)}.")
     tower = NoTower(encoder, prompts)
     tokens = captions if isinstance(captions, torch.Tensor) else encoder.tokenize(list(captions))
-    image, size, scale = F.normalize(image.float(), dim=1), min(batch_size, len(image)), encoder.logit_scale
+    image = F.normalize(image.float(), dim=1).to(encoder.device)
+    size, scale = min(batch_size, len(image)), encoder.logit_scale
     with torch.no_grad():
         yes = torch.cat([encoder.encode_text(part) for part in tokens.split(256)])
     optimizer = torch.optim.AdamW(tower.parameters(), lr=lr, weight_decay=weight_decay)

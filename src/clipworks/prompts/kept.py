@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..data.item import Item, as_items
 from ..data.loader import load_batches
+from ..encoders.precision import exact_convolutions
 from ..errors import ClipworksError
 from ..training.augment import Augment, view
 from ..types import Features
@@ -79,7 +80,7 @@ def keep_images(
     if vectors is not None:
         return _given_vectors(images, vectors, encoder, keeps)
     parts: dict[str, list[torch.Tensor]] = {}
-    with torch.no_grad():
+    with torch.no_grad(), exact_convolutions(encoder.device):
         for number in range(views):
             found: dict[str, list[torch.Tensor]] = {}
             for pixels in _pixels(images, encoder, number, seed, crops):

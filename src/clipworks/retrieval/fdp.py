@@ -117,6 +117,7 @@ class SceneText(nn.Module):
         self.function = nn.Parameter(random_vectors(function_tokens, text, seed=seed))
         self.content = nn.Parameter(random_vectors(content_tokens, text, seed=seed + 1))
         self.register_buffer("asked", encoder.texts([PROBE]).clone())
+        self.to(encoder.device)
 
     def cells(self, pixels: torch.Tensor) -> torch.Tensor:
         """Cells (B, rows * columns, width) of the frozen trunk's last map."""
@@ -124,7 +125,7 @@ class SceneText(nn.Module):
             tower = self.encoder.visual
             training = tower.training
             tower.eval()
-            found = tower.run(pixels.to(self.encoder.dtype)).tokens.float()
+            found = tower.run(pixels.to(self.encoder.device, self.encoder.dtype)).tokens.float()
             tower.train(training)
         return found
 
@@ -177,7 +178,7 @@ class SceneText(nn.Module):
         scale = self.encoder.log_scale.detach().exp()
         target = dqa_target(list(words), list(words)).to(vectors.device)
         return {"infonce": infonce(vectors, told, scale), "dqa": dqa_loss(scale * vectors @ told.T, target),
-                "binarise": balanced_bce(text_map, masks)}  # fmt: skip
+                "binarise": balanced_bce(text_map, masks.to(text_map.device))}  # fmt: skip
 
     def groups(self, lr: float = 2e-3, slow: float = 1e-4) -> list[dict[str, Any]]:
         """Parameters for an optimiser: what is new at `lr`, what comes from CLIP at `slow`."""

@@ -17,6 +17,8 @@ blocks read the first. Heads learn in `segment.dinoiser_heads`.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from ..errors import check_range
@@ -80,7 +82,7 @@ class CLIPDINOiser(MaskCLIP):
     def features(self, hidden: Hidden) -> torch.Tensor:
         """A map (B, rows, columns, dim) on the affinity's grid, not normalised."""
         plain = super().features(hidden)
-        maps = features_of(self.affinity, hidden) if self.heads is None else self.heads.patches(early(hidden))
+        maps = features_of(self.affinity, hidden) if self.heads is None else self._heads(hidden).patches(early(hidden))
         near = similarities(maps)
         near = near.masked_fill(near < self.threshold, 0.0).clamp(min=0).to(plain)
         size, grid = maps.shape[1:3], hidden.grid
@@ -97,4 +99,8 @@ class CLIPDINOiser(MaskCLIP):
         """(B, 1, h, w), how likely a patch belongs to an object: the trained head, or FOUND's rule without one."""
         if self.heads is None:
             return super().objects(hidden)
-        return self.heads.objects(early(hidden)).sigmoid()[:, None]
+        return self._heads(hidden).objects(early(hidden)).sigmoid()[:, None]
+
+    def _heads(self, hidden: Hidden) -> Heads:
+        """The trained heads, where the tower is."""
+        return cast(Heads, self.heads).to(hidden.inputs[0].device)

@@ -189,7 +189,7 @@ class OVSeg(TrainedDense):
             words, pairs = self.words_, list(items)
             if self._nouns is not None:
                 further, mined = self._mined(base, items)
-                words, pairs = torch.cat([words, further]), pairs + mined
+                words, pairs = torch.cat([words, further.to(words)]), pairs + mined
 
             def contrast(prompts: Any, encoder: Encoder, images: torch.Tensor, labels: torch.Tensor) -> dict:
                 return self._contrast(prompts, encoder, images, labels, words.to(images.device))
@@ -249,21 +249,21 @@ class OVSeg(TrainedDense):
         resized = F.interpolate(image[None].to(base.dtype), sides, mode="bilinear", antialias=True)
         parts: Any = self.parts_
         found = parts.decoder(tower_maps(enter(base, resized, sides=self.sides, memory=False)))
-        masks = F.interpolate(found.masks, size, mode="bilinear", align_corners=False)[0].sigmoid() > BINARY
+        masks = (F.interpolate(found.masks, size, mode="bilinear", align_corners=False)[0].sigmoid() > BINARY).cpu()
         masks = masks[masks.flatten(1).any(1)]
         if not len(masks):
             masks = torch.ones(1, *size, dtype=torch.bool)
-        return masks, F.normalize(self._named(image, masks), dim=-1)
+        return masks, F.normalize(self._named(image, masks), dim=-1).cpu()
 
     # -- as a dense method ---------------------------------------------------------------------------------------
 
     def _named(self, image: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Vectors (Q, dim) of an image (3, H, W) under masks, bool (Q, H, W), of which each is somewhere."""
-        encoder = self.encoder_
+        encoder, image = self.encoder_, image.to(masks.device)
         crops, keeps = zip(*(masked_crop(image, mask, encoder) for mask in masks), strict=True)
         keep = torch.stack(keeps) if self.depth else torch.ones_like(torch.stack(keeps))
         parts: Any = self.parts_
-        return parts.prompts(encoder.visual, torch.stack(crops), keep)
+        return parts.prompts(encoder.visual, torch.stack(crops).to(encoder.device), keep)
 
     def features(self, hidden: Hidden) -> torch.Tensor:
         """A map (B, h, w, dim) of the decoder's embeddings, each weighted by its mask; not normalised."""

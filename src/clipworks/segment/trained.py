@@ -256,7 +256,8 @@ class TrainedDense(Dense, BaseEstimator, ABC):
 
     def _take(self, encoder: Any, parts: nn.Module, losses: dict[str, float]) -> None:
         self.encoder_, self.losses_ = encoder.eval(), losses
-        self.parts_ = parts.eval().requires_grad_(False)
+        self.parts_ = parts.to(encoder.device).eval().requires_grad_(False)
+        self.words_ = self.words_.to(encoder.device)
 
 
 class CropRecipe(nn.Module):

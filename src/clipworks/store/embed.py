@@ -94,6 +94,7 @@ def embed(
     precision: str | None = None,
     dtype: str | None = None,
     fast: bool | None = None,
+    device: str | None = None,
     workers: int | None = None,
     resume: bool = True,
     overwrite: bool = False,
@@ -127,6 +128,8 @@ def embed(
     precision : "fp32", "bf16", "fp16" or "auto" (default: the encoder's or the collection's own)
     dtype : how vectors are stored, "float16" (default, relative error at most 2^-11) or "float32"
     fast : decode large JPEGs at a fraction of their size (faster, small loss; default: as the collection was made)
+    device : where an encoder that is named runs: "cpu", "cuda", or "auto" for CUDA where there is one (default: what
+        the environment variable CLIPWORKS_DEVICE says, else "cpu")
     workers : decoding threads (default: one per core)
     resume : continue a collection that is there; False refuses it
     overwrite : replace a collection that is there, whatever made it
@@ -177,7 +180,7 @@ def embed(
             f"there is a collection at {str(path)!r} already; give resume=True to continue it, or overwrite=True."
         )
     meta = read_meta(open_table(path).schema, path) if there and not overwrite else {"encoder": {}}
-    model, name = obtain(encoder, meta["encoder"], precision, fast)
+    model, name = obtain(encoder, meta["encoder"], precision, fast, device)
     identity = describe(model, name)
     check_same(
         path, meta["encoder"], identity, "choose another place, give the encoder that made it, or overwrite=True."

@@ -108,6 +108,7 @@ def obtain(
     recorded: dict[str, Any] | None = None,
     precision: str | None = None,
     fast: bool | None = None,
+    device: str | None = None,
 ) -> tuple[Encoder, str | None]:
     """The encoder to use, and the name it was loaded by.
 
@@ -117,6 +118,7 @@ def obtain(
         a new collection)
     recorded : what the collection says of its encoder
     precision, fast : None keeps the encoder's, or the recorded, ones; an encoder that is given is never changed
+    device : of an encoder that is loaded here, as for `clipworks.load`
     """
     recorded = recorded or {}
     source = encoder if isinstance(encoder, str) else None
@@ -132,7 +134,7 @@ def obtain(
             kept = None
         precision = precision or kept or "auto"
         fast = recorded.get("fast") if fast is None else fast
-        loaded: Encoder = load(source, precision=precision)
+        loaded: Encoder = load(source, precision=precision, device=device)
     else:
         loaded = encoder  # type: ignore[assignment]
         if precision is not None and precision != loaded.precision:

@@ -35,8 +35,13 @@ def start_processes(device: str, timeout: float) -> Any:
     accelerate = need("accelerate", "train")
     from datetime import timedelta
 
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    if accelerate.state.is_initialized():
+        state = accelerate.state.AcceleratorState()
+        if state.num_processes == 1 and (state.device.type == "cpu") != cpu:
+            state._reset_state(reset_partial_state=True)  # an earlier run of this process was on another device
     return accelerate.Accelerator(
-        cpu=device == "cpu" or not torch.accelerator.is_available(),
+        cpu=cpu,
         kwargs_handlers=[
             # a recipe may leave a tower or the bias out of some losses
             accelerate.DistributedDataParallelKwargs(find_unused_parameters=True),

@@ -244,7 +244,7 @@ class Tuner(ClassifierMixin, BaseEstimator, ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self._shape(encoder)
-        return encoder.eval()
+        return encoder.to(encoder.device).eval()  # what was added to it comes from the CPU
 
     def _open(self, images: Any, y: Any) -> Shots:
         """Check what `fit` is given; sets `classes_` and `names_`."""
