@@ -130,7 +130,8 @@ def folder_to_collection(folder: Path, count: int) -> dict[str, Any]:
                                         "waiting": round(report.wait_share, 3)}  # fmt: skip
         print(label, found["side by side"][label], flush=True)
     first = folder / "clipworks-small-fp32"
-    home = clipworks.embed(paths[:200], folder / "cpu", precision="fp32", device="cpu", progress=False)
+    few = [str(path) for path in sorted(many.iterdir())[:200]]
+    home = clipworks.embed(few, folder / "cpu", precision="fp32", device="cpu", progress=False)
     one, two = clipworks.Collection.open(home.path), clipworks.Collection.open(first)
     rows = torch.as_tensor(two.vectors[: len(one)].astype("float32"))
     found["cpu and device"] = {
@@ -154,6 +155,7 @@ def main() -> None:
         results["towers"][name] = images(name, given.batch)
         results["texts"][name] = texts(name)
         print(name, results["towers"][name], results["texts"][name], flush=True)
+        record(given.name, results, SEED)  # the last part takes minutes
     with tempfile.TemporaryDirectory() as folder:
         results["folder to collection"] = folder_to_collection(Path(folder), given.images)
     print(record(given.name, results, SEED))

@@ -95,6 +95,18 @@ def test_requests_of_many_clients_are_answered_together(server):
     assert server.metric("clipworks_batch_size_count") - before < 96  # fewer passes than requests
 
 
+def test_an_answer_is_sent_at_once_on_a_line_that_stays_open(server):
+    """The body must not wait until the client has acknowledged the head, which takes it some 40 ms."""
+    line, seconds = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TOO_LONG), []
+    for _ in range(60):
+        start = time.perf_counter()
+        line.request("GET", "/healthz")
+        assert line.getresponse().read() == b'{"status":"ok"}'
+        seconds.append(time.perf_counter() - start)
+    line.close()
+    assert min(seconds[30:]) < 0.03
+
+
 def test_a_flood_is_told_to_come_again_and_the_server_lives(server):
     image = coded(Image.new("RGB", (700, 700), "red"))
 

@@ -254,7 +254,8 @@ class Encoder(nn.Module):
     @contextmanager
     def _inference(self) -> Iterator[None]:
         training = [m for m in self.modules() if m.training]
-        self.eval()
+        if training:
+            self.eval()
         try:
             place = self.device
             with torch.inference_mode(), precisions.fast_matmul(place), precisions.exact_convolutions(place):

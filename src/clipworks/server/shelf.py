@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ntpath
 import os
 import threading
 import time
@@ -200,10 +201,10 @@ def item_id(key: str) -> str:
 
 def shown_key(key: str, expose_paths: bool = False) -> str:
     """A key as it is, unless it is a path of the machine: then the last part of it."""
-    posix, windows = PurePosixPath(key), PureWindowsPath(key)
-    if expose_paths or not (posix.is_absolute() or windows.drive or windows.root or ".." in posix.parts):
+    drive, rest = ntpath.splitdrive(key)
+    if expose_paths or not (drive or rest.startswith(("/", "\\")) or ".." in key.split("/")):
         return key
-    return posix.name if "/" in key else windows.name
+    return PurePosixPath(key).name if "/" in key else PureWindowsPath(key).name
 
 
 def condition(given: Any, columns: dict[str, str]) -> str:

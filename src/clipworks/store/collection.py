@@ -179,7 +179,7 @@ class Collection:
         """Key to row number."""
         return {key: row for row, key in enumerate(self.keys)}
 
-    @property
+    @cached_property
     def columns(self) -> dict[str, str]:
         """Name and type of every column that can be asked for and filtered by, apart from the vectors."""
         return {f.name: str(f.type) for f in self._snapshot.table.schema if f.name not in INTERNAL}
