@@ -40,6 +40,7 @@ class Encoder(nn.Module):
     ----------
     dim, image_size, context_length : of the joint space, of the images in pixels, of the texts in tokens
     logit_scale : factor of the similarities, exp(log_scale)
+    source : the name or path it was loaded from, while it is as it was then
     log_scale, bias : learned logarithm of that factor; learned bias (SigLIP) or None
     truncated : how many texts were cut so far
     fingerprint : hash of everything that decides a vector
@@ -63,6 +64,7 @@ class Encoder(nn.Module):
         )
         self.truncated = 0
         self._hash: tuple[Any, str] | None = None
+        self._origin: tuple[Any, str] | None = None
         if seed is not None:
             from .initialise import initialise
 
@@ -308,15 +310,31 @@ class Encoder(nn.Module):
         Cached until a weight changes in place or is replaced; after writing through `.data` call `refresh`.
         """
         state = self.state_dict(keep_vars=True)
-        key = (self.config, self.precision, id(self.tokenizer), self._preprocess_key(), self._structure(),
-               tuple((t.data_ptr(), t._version) for t in state.values()))  # fmt: skip
+        key = self._state(state)
         if self._hash is None or self._hash[0] != key:
             self._hash = (key, self._digest(state))
         return self._hash[1]
 
+    @property
+    def source(self) -> str | None:
+        """The name or path that `load` read this encoder from; None if it has been changed since, or was made here."""
+        if self._origin is None or self._origin[0] != self._state(self.state_dict(keep_vars=True)):
+            return None
+        return self._origin[1]
+
+    def loaded_from(self, source: str) -> Encoder:
+        """Remember that `load` gives this very encoder for a name or path."""
+        self._origin = (self._state(self.state_dict(keep_vars=True)), source)
+        return self
+
+    def _state(self, tensors: dict[str, torch.Tensor]) -> tuple:
+        """What changes with anything that decides a vector, unless a weight is written through `.data`."""
+        return (self.config, self.precision, id(self.tokenizer), self._preprocess_key(), self._structure(),
+                tuple((t.data_ptr(), t._version) for t in tensors.values()))  # fmt: skip
+
     def refresh(self) -> str:
         """Compute the fingerprint anew."""
-        self._hash = None
+        self._hash = self._origin = None
         return self.fingerprint
 
     def _preprocess_key(self) -> str:

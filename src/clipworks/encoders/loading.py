@@ -106,7 +106,8 @@ def load(
             raise ClipworksError(f"image_size must be a whole number of pixels. Got {image_size!r}.")
         check_range("image_size", image_size, encoder.config.vision.patch_size)
         encoder.resize(image_size=image_size)
-    return encoder.to(place).to_precision(precision or "fp32")
+    encoder.to(place).to_precision(precision or "fp32")
+    return encoder if image_size is not None else encoder.loaded_from(os.fspath(name_or_path))
 
 
 def _exported(

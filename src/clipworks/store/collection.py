@@ -16,7 +16,7 @@ import pyarrow as pa
 from ..errors import ClipworksError, CollectionError, check_choice
 from ..types import Features
 from . import snapshot
-from .identity import describe
+from .identity import recorded
 from .journal import TABLE, Journal
 from .table import FORMAT, INTERNAL, OWN, damaged, is_collection, literal, make_schema, open_table, translated
 from .writer import Writer
@@ -95,7 +95,7 @@ class Collection:
         place = Path(path)
         if is_collection(place):
             raise CollectionError(f"there is a collection at {str(place)!r} already; open it, or choose another place.")
-        identity = describe(encoder) if encoder is not None else {}
+        identity = recorded(encoder) if encoder is not None else {}
         if features is not None:
             if identity and features.fingerprint and features.fingerprint != identity["fingerprint"]:
                 raise CollectionError("features and encoder have different fingerprints.")

@@ -36,7 +36,7 @@ def describe(encoder: Encoder, source: str | None = None) -> dict[str, Any]:
 
 def recorded(encoder: Encoder, source: str | None = None) -> dict[str, Any]:
     """As `describe`, with the SHA-256 of the weights file that was loaded by name: for a new collection."""
-    path = weights_file(source)
+    path = weights_file(source or getattr(encoder, "source", None))
     return describe(encoder, source) | ({} if path is None else {"weights": sha256(path)})
 
 
