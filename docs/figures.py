@@ -47,8 +47,8 @@ def rows() -> list[Row]:
     for kind, forms_of in towers.items():
         one = kind[:-1]
         for form, ours in forms_of:
-            paths = tuple(f"{kind}/{name}/ms_per_{one}_best" for name in (ours, base[kind]))
-            ratio = f"{kind}/{ours}/ratio_of_best"
+            paths = tuple(f"{kind}/{name}/ms_per_{one}" for name in (ours, base[kind]))
+            ratio = f"{kind}/{ours}/ratio"
             found.append(Row(f"{one} tower alone, {form}", "transformers", "encoder_speed", *paths, "ms", ratio))
     for form, ours in {"": "clipworks", ", float32 throughout": "clipworks, float32 throughout"}.items():
         for count in (1, 8, 100, 500):

@@ -330,7 +330,7 @@ def test_words_are_measured_too_where_the_encoder_is_known(tmp_path):
     from clipworks.encoders.loading import save
 
     model = encoder()
-    model.source = str(save(model, tmp_path / "tiny.safetensors"))
+    model.loaded_from(str(save(model, tmp_path / "tiny.safetensors")))
     vectors = model.texts([f"number {i} of many" for i in range(1200)])
     made = Collection.create(tmp_path / "c", encoder=model, features=Features(vectors, fingerprint=model.fingerprint))
     report = build_index(made)
