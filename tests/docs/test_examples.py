@@ -30,6 +30,7 @@ PARSED = {  # commands whose options go through their own parser, and no further
     "torchrun": "starts eight processes; tests/training/test_gather.py runs two and four",
     "--engine ray": "Ray takes half a minute to start; tests/store/test_engine_ray.py runs it",
     "clipworks export": "calibrates and times for minutes; tests/encoders/test_runtime.py and docs/commands.md run it",
+    "s3://": "there is no such store here; tests/store/test_object_store.py publishes to files and searches them",
     "--encoder fast": "the encoder is what `export` above would have made",
     "CLIPWORKS_TOKEN": "listens on every address of the machine; tests/server/test_server_abuse.py asks it",
     "clipworks bench --data": "measures for hours; docs/commands.md and docs/quickstart/research.md run smaller ones",

@@ -140,8 +140,8 @@ def read_token(path: str | Path | None) -> str | None:
 
 def _bound(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # with the protocol named asyncio sends at once what it is given; without, the body of an answer waits some 40 ms for
-    # the client to acknowledge its head
+    # with the protocol named asyncio sends at once what it is given; without, the body of an answer waits until the
+    # client has acknowledged its head, some 40 ms
     made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

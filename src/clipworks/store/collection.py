@@ -238,10 +238,7 @@ class Collection:
         condition : SQL as LanceDB takes it, such as "label = 'cat' AND width > 640"; or a mapping of columns to
             the value, or the list of values, that they must have
         """
-        if isinstance(condition, Mapping):
-            for name in condition:
-                check_choice("where", name, self.columns)
-            condition = " AND ".join(_equals(name, value) for name, value in condition.items()) or "TRUE"
+        condition = condition_of(condition, self.columns)
         if not self._compared:
             snapshot.check_table(self.path, self.version, snapshot.READ)
             self._compared = True
@@ -271,6 +268,15 @@ def new_meta(identity: dict[str, Any]) -> dict[str, Any]:
 
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {"format": FORMAT, "clipworks": __version__, "created": made, "encoder": identity}
+
+
+def condition_of(given: str | Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """A condition as SQL: as it is, or that of a mapping of known columns to the values that they must have."""
+    if not isinstance(given, Mapping):
+        return given
+    for name in given:
+        check_choice("where", name, columns)
+    return " AND ".join(_equals(name, value) for name, value in given.items()) or "TRUE"
 
 
 def _equals(name: str, value: Any) -> str:

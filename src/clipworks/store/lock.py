@@ -32,17 +32,16 @@ class WriterLock:
         except OSError as error:
             place = str(self.path.parent)
             raise CollectionError(f"collection {place!r} cannot be written: {error.strerror}.") from error
-        for wait in (0.0, 0.02, 0.1):  # somebody may only be asking who holds it
-            time.sleep(wait)
-            if take(stream):
-                break
-        else:
-            stream.close()
-            who = owner(self.path.parent) or "another process"
-            raise CollectionError(
-                f"collection {str(self.path.parent)!r} is being written by {who}. "
-                "Wait until it is done, or stop it; what it has written so far is kept."
-            )
+        if not self._taken(stream):
+            who = owner(self.path.parent)
+            while who is None and not self._taken(stream):  # it was given back before its owner could be named
+                who = owner(self.path.parent)
+            if who is not None:
+                stream.close()
+                raise CollectionError(
+                    f"collection {str(self.path.parent)!r} is being written by {who}. "
+                    "Wait until it is done, or stop it; what it has written so far is kept."
+                )
         with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, only the name is missing
             stream.seek(0)
             stream.truncate()
@@ -50,6 +49,14 @@ class WriterLock:
             stream.flush()
         self._file = stream
         return self
+
+    @staticmethod
+    def _taken(stream: IO[bytes]) -> bool:
+        for wait in (0.0, 0.02, 0.1):  # somebody may only be asking who holds it
+            time.sleep(wait)
+            if take(stream):
+                return True
+        return False
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
