@@ -268,8 +268,10 @@ def test_classes_masks_and_defects(page):
     page.click("#classify button.main")
     page.wait_for_selector(".answer h2")
     assert page.text_content(".answer h2") in ("stripes", "noise", "none of these")
-    page.fill("#names", "one, one , ,one")
+    page.fill("#names", "one, one , ,one")  # a name counts once
     page.click("#classify button.main")
+    until(page, "document.querySelector('.answer .bars').children.length == 1")
+    assert page.text_content(".answer .bars").startswith("one")
     page.click("nav a[href='#defects']")
     page.click("#defects button.main")
     page.wait_for_selector("#defect-result img")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,9 @@ def rows(path):
 @needs_ray
 def test_the_same_collection(cluster, plain, tmp_path):
     place, expected = plain
-    report = embed(place / "photos", tmp_path / "c", encoder=encoder(), engine="ray", **SIZES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", cluster.util.annotations.RayDeprecationWarning)
+        report = embed(place / "photos", tmp_path / "c", encoder=encoder(), engine="ray", **SIZES)
     assert rows(tmp_path / "c").equals(rows(place / "c"))  # keys, vectors, columns, their order
     assert report.as_rows() == expected.as_rows()
     assert 0 < report.wait_share < 1
@@ -183,6 +186,36 @@ def test_a_failing_source_keeps_what_was_encoded(cluster, tmp_path):
     with pytest.raises(OSError, match="share"):
         embed(Failing("share"), tmp_path / "c", encoder=encoder(), batch_size=4, engine="ray")
     assert len(Collection.open(tmp_path / "c")) == 6
+
+
+class Deadly:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+@needs_ray
+def test_what_kills_its_actors_is_given_up_and_named(cluster, monkeypatch):
+    from small_store import picture
+
+    from clipworks.data.item import Item
+    from clipworks.store import engine_ray
+
+    monkeypatch.setattr(engine_ray, "RETRIES", 1)
+    items = [*(Item(f"k{i}", picture(i)) for i in range(8)), Item("fine", picture(8)), Item("deadly", Deadly())]
+    batches = iter(engine_ray.RayBatches(items, encoder(), None, batch_size=2, workers=1, actors=1))
+    assert [next(batches).keys for _ in range(4)] == [[f"k{i}", f"k{i + 1}"] for i in (0, 2, 4, 6)]
+    with pytest.raises(ClipworksError, match="from 'fine' to 'deadly' died 2 times"):
+        next(batches)
+
+
+def test_a_block_may_be_begun_so_often():
+    from clipworks.store.engine_ray import _Tries
+
+    tries = _Tries(2)
+    assert [tries.begin("a") for _ in range(4)] == [0, 0, 2, 3]
+    assert tries.begin("b") == 0
 
 
 def test_without_ray(plain, tmp_path, monkeypatch):

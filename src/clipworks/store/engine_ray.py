@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,9 +116,12 @@ class RayBatches:
         with _cluster():
             size = BATCHES * self.work["batch_size"]
             room = ray.data.ExecutionResources.for_limits(object_store_memory=RESULTS)
-            options = self._options() | {"fn_constructor_kwargs": {"model": ray.put(self.model), **self.work}}
+            tries = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Tries).remote(1 + RETRIES)
+            given = {"model": ray.put(self.model), "tries": tries, **self.work}
+            options = self._options() | {"fn_constructor_kwargs": given}
             for blocks in _portions(self.items, size):
-                tables = [pa.table({"block": pa.array([block], pa.large_binary())}) for block in blocks]
+                tables = [pa.table({"name": [name], "block": pa.array([block], pa.large_binary())})
+                          for name, block in blocks]  # fmt: skip
                 blocks.clear()
                 data = ray.data.from_arrow(tables).map_batches(_Actor, **options)
                 del tables
@@ -138,7 +142,7 @@ class RayBatches:
             yield batch
 
     def _options(self) -> dict[str, Any]:
-        """How many actors there are, what each needs, and what becomes of a dead one."""
+        """How many actors there are, and what each needs. Ray starts a dead one again, and begins its block again."""
         import ray
         from ray.data import ActorPoolStrategy
 
@@ -151,14 +155,29 @@ class RayBatches:
             needs, room = {"num_cpus": cores_each}, sum(count // cores_each for count in cores)
         return {
             "compute": ActorPoolStrategy(size=self.actors or max(1, room)), **needs,
-            "batch_size": 1, "batch_format": "pyarrow", "max_restarts": -1, "max_task_retries": RETRIES,
+            "batch_size": 1, "batch_format": "pyarrow",
         }  # fmt: skip
+
+
+class _Tries:
+    """An actor that counts how often each block is begun: Ray itself would begin one that kills its actor for ever."""
+
+    def __init__(self, most: int):
+        self.most, self.begun = most, Counter[str]()
+
+    def begin(self, name: str) -> int:
+        """Count a beginning; how often the block was begun before if that is as often as it may, else 0."""
+        before = self.begun[name]
+        self.begun[name] += 1
+        return before if before >= self.most else 0
 
 
 class _Actor:
     """The encoder on some machine; a call decodes and encodes one block."""
 
-    def __init__(self, model: Any, fingerprint: str, device: str, batch_size: int, workers: int, threads: int):
+    def __init__(
+        self, model: Any, tries: Any, fingerprint: str, device: str, batch_size: int, workers: int, threads: int
+    ):
         import ray
         import torch
 
@@ -169,12 +188,18 @@ class _Actor:
 
             found, _ = obtain(*found)
         self.model: Encoder = found.to(device)
-        self.batch_size, self.workers = batch_size, workers
+        self.batch_size, self.workers, self.tries = batch_size, workers, tries
         self.differs = self.model.fingerprint != fingerprint
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        import ray
+
+        name = table["name"][0].as_py()
         found: list[Encoded] | ClipworksError
         try:
+            if died := ray.get(self.tries.begin.remote(name)):
+                raise ClipworksError(f"the process that encodes the images from {name} died {died} times: an image may "
+                                     "be what ends it, or it lacks memory.")  # fmt: skip
             found = self._encode(pickle.loads(table["block"][0].as_py()))
         except ClipworksError as error:
             found = error
@@ -216,9 +241,10 @@ def _portable(model: Encoder, name: str | None) -> Any:
     return os.path.abspath(name), None, None, bool(getattr(model.preprocess, "fast", False))
 
 
-def _portions(items: Iterable[Item], size: int) -> Iterator[list[bytes]]:
-    """Pickled blocks of `size` items, as many at a time as are to be in memory; then the error that the source had."""
-    blocks: list[bytes] = []
+def _portions(items: Iterable[Item], size: int) -> Iterator[list[tuple[str, bytes]]]:
+    """Blocks of `size` items, which they are and pickled, as many at a time as are to be in memory; then the error that
+    the source had."""
+    blocks: list[tuple[str, bytes]] = []
     block: list[Item] = []
     failure: Exception | None = None
     held = 0
@@ -232,17 +258,21 @@ def _portions(items: Iterable[Item], size: int) -> Iterator[list[bytes]]:
             failure = error
             break
         if len(block) == size:
-            blocks.append(pickle.dumps(block))
-            held, block = held + len(blocks[-1]), []
+            blocks.append(_packed(block))
+            held, block = held + len(blocks[-1][1]), []
             if held >= PORTION:
                 yield blocks
                 blocks, held = [], 0
     if block:
-        blocks.append(pickle.dumps(block))
+        blocks.append(_packed(block))
     if blocks:
         yield blocks
     if failure is not None:
         raise failure
+
+
+def _packed(block: list[Item]) -> tuple[str, bytes]:
+    return f"{block[0].key!r} to {block[-1].key!r}", pickle.dumps(block)
 
 
 @contextmanager
