@@ -1,5 +1,6 @@
 """`load` and `models`: names, paths, the local cache, the one download, digests, devices, messages."""
 
+import copy
 import doctest
 import hashlib
 import json
@@ -183,14 +184,37 @@ def test_sha256(tmp_path):
         load(path, sha256="abc")
 
 
-def test_device_and_precision(tmp_path):
+def test_device_and_precision(tmp_path, monkeypatch):
     path = save(encoder(), tmp_path / "x.safetensors")
     assert load(path, device=torch.device("cpu"), precision="bf16").precision == "bf16"
     for wrong in ("gpu", "cuda:99", 3.5):
-        with pytest.raises(ClipworksError, match=r"device must name a device of this machine. Got"):
+        with pytest.raises(ClipworksError, match=r"device must name a device of this machine, or be 'auto'. Got"):
             load(path, device=wrong)
+    monkeypatch.setenv("CLIPWORKS_DEVICE", "gpu")
+    with pytest.raises(ClipworksError, match=r"CLIPWORKS_DEVICE must name a device of this machine, .* Got 'gpu'"):
+        load(path)
+    assert load(path, device="cpu").device.type == "cpu"
+    monkeypatch.setenv("CLIPWORKS_DEVICE", "")
+    assert load(path).device.type == "cpu"
+    assert load(path, device="auto").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ClipworksError, match=r"precision must be one of"):
         load(path, precision="fp8")
+
+
+def test_an_encoder_knows_where_it_came_from_until_it_is_changed(tmp_path, monkeypatch):
+    assert load().source == "clipworks-small"
+    monkeypatch.chdir(tmp_path)
+    save(encoder(), "x.safetensors")
+    made = load("x.safetensors")
+    assert made.source == str(tmp_path / "x.safetensors")
+    assert copy.deepcopy(made).source is None
+    assert load("x.safetensors").to_precision("bf16").to_precision("fp32").source is None
+    assert load("x.safetensors", precision="bf16").source == made.source
+    assert load("x.safetensors", image_size=2 * made.image_size).source is None
+    with torch.no_grad():
+        next(made.visual.parameters()).add_(1)
+    assert made.source is None
+    assert encoder().source is None
 
 
 def test_the_cache_is_used_without_the_network(tmp_path, cache):

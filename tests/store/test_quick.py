@@ -55,6 +55,20 @@ def test_words_as_the_encoder_has_them(tmp_path, text, quantize):
     np.testing.assert_allclose(QuickText(path)(TEXTS), load(path).texts(TEXTS).numpy(), atol=2e-6)
 
 
+def test_a_collection_of_features_knows_the_file_of_its_encoder(tmp_path, cold):
+    """Where it was loaded by name and not changed; then the first words need no torch."""
+    from clipworks.types import Features
+
+    save(tower(), tmp_path / "tiny.safetensors")
+    model = load(tmp_path / "tiny.safetensors")
+    rows = Features(model.texts(TEXTS), fingerprint=model.fingerprint)
+    known = Collection.create(tmp_path / "known", encoder=model, features=rows)
+    assert known.meta["encoder"]["source"] == str(tmp_path / "tiny.safetensors")
+    np.testing.assert_allclose(quick.text_vectors(known, TEXTS), rows.vectors, atol=2e-6)
+    made = Collection.create(tmp_path / "made", encoder=tower(), features=rows)  # the same weights, from nowhere
+    assert quick.text_vectors(made, TEXTS) is None
+
+
 def test_words_of_the_model_inside_the_package():
     path = weights_file("clipworks-small")
     np.testing.assert_allclose(QuickText(path)(TEXTS), load().texts(TEXTS).numpy(), atol=2e-6)

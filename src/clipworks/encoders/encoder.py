@@ -300,7 +300,10 @@ class Encoder(nn.Module):
 
     def to_precision(self, precision: str) -> Encoder:
         """Convert the weights in place to "fp32", "bf16", "fp16" or "auto" (see `precision.choose`)."""
-        precisions.convert(self, precisions.DTYPES[precisions.choose(precision, self.device)])
+        asked = precisions.choose(precision, self.device)
+        if asked != self.precision:  # there and back is not the same weights, though they may lie in the same memory
+            self._hash = self._origin = None
+        precisions.convert(self, precisions.DTYPES[asked])
         return self
 
     @property

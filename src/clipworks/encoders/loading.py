@@ -80,13 +80,13 @@ def load(
     encoders.runtime.Refused
         If no form that was asked for is true to fp32.
     """
-    device = os.environ.get(DEVICE, "cpu") if device is None else device
+    named_by, device = ("device", device) if device is not None else (DEVICE, os.environ.get(DEVICE) or "cpu")
     path, architecture = _find(name_or_path)
     exported = path.is_dir() and (path / EXPORT).is_file()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not exported else "cpu"
         runtime = runtime or ("auto" if device == "cpu" and images is not None and not exported else None)
-    place = _device(device)
+    place = _device(device, named_by)
     if exported:
         return _exported(path, place, precision, sha256, image_size, runtime)
     if runtime not in (None, "torch"):
@@ -107,7 +107,9 @@ def load(
         check_range("image_size", image_size, encoder.config.vision.patch_size)
         encoder.resize(image_size=image_size)
     encoder.to(place).to_precision(precision or "fp32")
-    return encoder if image_size is not None else encoder.loaded_from(os.fspath(name_or_path))
+    name = os.fspath(name_or_path)
+    known = os.path.abspath(name) if os.path.exists(name) and path.parent != BUNDLED else name
+    return encoder if image_size is not None else encoder.loaded_from(known)
 
 
 def _exported(
@@ -144,13 +146,15 @@ def models() -> list[dict[str, Any]]:
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
-def _device(device: str | torch.device) -> torch.device:
+def _device(device: str | torch.device, named_by: str) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ClipworksError(f"device must name a device of this machine. Got {str(device)!r} ({reason}).") from error
+        reason = str(error).split("\n")[0].partition(" device type at start")[0]
+        raise ClipworksError(
+            f"{named_by} must name a device of this machine, or be 'auto'. Got {str(device)!r} ({reason[:120]})."
+        ) from error
     return place
 
 
