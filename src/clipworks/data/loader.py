@@ -8,7 +8,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from threadpoolctl import ThreadpoolController
 
 from ..errors import BadImage, check_choice, check_range
 from .decode import decode
@@ -105,7 +108,7 @@ def _batches(items: Iterable[Item], preprocess: Any, batch_size: int, workers: i
 
     waiting: queue.Queue = queue.Queue(maxsize=2 * batch_size + workers)
     stop = threading.Event()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="clipworks-decode")
+    pool = ThreadPoolExecutor(workers, "clipworks-decode", initializer=_alone)
     work = (items, preprocess, pool, waiting, stop)
     feeder = threading.Thread(target=_feed, args=work, name="clipworks-feed", daemon=True)
     feeder.start()
@@ -146,6 +149,19 @@ def _batches(items: Iterable[Item], preprocess: Any, batch_size: int, workers: i
         feeder.join()
         _drain(waiting)
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _alone() -> None:
+    """Keep a decoding thread to one core; teams of OpenMP's threads in each would push the encoder's aside."""
+    import torch
+
+    torch.get_num_threads()  # torch sets the number for a thread when it is first used there
+    _openmp().limit(limits=1)
+
+
+@lru_cache(maxsize=1)
+def _openmp() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="openmp")
 
 
 def _feed(
