@@ -22,14 +22,14 @@ DEVICE = "CLIPWORKS_DEVICE"  # environment variable: where encoders go that are 
 EXPORT = "clipworks-export.json"  # in a folder of another runtime, see `runtime.folder`
 
 
-def resolve(encoder: str | os.PathLike | Encoder | None) -> Encoder:
-    """Return the encoder that an argument `encoder` means: None the bundled one, a name or path what `load` finds
-    there, everything else itself."""
+def resolve(encoder: str | os.PathLike | Encoder | None, argument: str = "encoder") -> Encoder:
+    """Return the encoder that an argument (by default named `encoder`) means: None the bundled one, a name or path what
+    `load` finds there, everything else itself."""
     if encoder is None:
         return load()
     if not isinstance(encoder, str | os.PathLike):
         return encoder
-    with naming("encoder"):
+    with naming(argument):
         return load(encoder)
 
 

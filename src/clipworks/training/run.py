@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..atomic import write_atomically, write_json
-from ..errors import ClipworksError, check_choice, need
+from ..errors import ClipworksError, check_choice, naming, need
 from .checkpoint import checkpoints, newest_checkpoint, read_state, read_tensors, save_checkpoint
 from .ema import EMA
 from .gather import agree, processes, rank
@@ -70,7 +70,8 @@ def resolve_model(model: Any, seed: int) -> Encoder:
         return Encoder(model, CLIPTokenizer(model.text.pad_id), seed=seed)
     from ..encoders.loading import load
 
-    return load(model)
+    with naming("model"):
+        return load(model)
 
 
 class Run:

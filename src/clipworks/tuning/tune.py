@@ -130,7 +130,7 @@ def tune(
     every = open_items(data)
     items = _usable(every, "data", left_out)
     labels = [item.label for item in every]
-    encoder = resolve(model)
+    encoder = resolve(model, "model")
     if all(labels):
         table = _names([str(label) for label in labels], names)
         learned, rest = _drawn(items, list(table), shots, seed)

@@ -21,7 +21,7 @@ import numpy as np
 from ...atomic import write_text
 from ...data.labelled import LabelledSet, read_labelled
 from ...data.shots import with_parts
-from ...errors import BadImage, ClipworksError, check_choice, check_range
+from ...errors import BadImage, ClipworksError, check_choice, check_range, naming
 from ...progress import Progress
 from .contestants import Contestant, Material, Question, contestants
 from .features import FeatureCache, data_digest, slug
@@ -127,7 +127,9 @@ def bench(
     _plan(protocol, sets, grid, done)  # what cannot be planned is told before an encoder is loaded
     state = _state()
     for name in model:
-        cache = FeatureCache(place / "features", load(name), batch_size, progress)
+        with naming("model"):
+            encoder = load(name)
+        cache = FeatureCache(place / "features", encoder, batch_size, progress)
         sets, found = _embedded(cache, protocol, sets, grid, done)
         work = _jobs(name, cache, found, taking_part, place, validation, templates, descriptions, state)
         pending = []

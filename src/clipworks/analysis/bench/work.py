@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...atomic import write_text
-from ...errors import ClipworksError
+from ...errors import ClipworksError, naming
 from .contestants import Contestant, Material, Question
 from .measure import Cost, score
 
@@ -134,4 +134,5 @@ def summary(protocol: str, results: Mapping[str, Mapping[str, float]]) -> float:
 def encoder_of(model: str) -> Any:
     from ...encoders.loading import load
 
-    return load(model)
+    with naming("model"):
+        return load(model)
