@@ -52,7 +52,7 @@ def test_as_one_collection(place, more):
 def test_one_that_is_published_keeps_its_keys(place):
     query = np.random.default_rng(2).standard_normal(DIM)
     found = search_shards(f"file://{place}/s/0/", query, k=3)
-    assert found.keys == search(place / "0", query, k=3).keys
+    assert found.keys == search(place / "0", query, k=3).keys == search(f"file://{place}/s/0", query, k=3).keys
 
 
 def test_what_is_an_address(place):

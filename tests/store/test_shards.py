@@ -45,6 +45,14 @@ def test_as_one_collection(place, more):
         assert all(int(key[0]) == (int(key[2:]) >= 50) + (int(key[2:]) >= 55) for key in found.keys)
 
 
+def test_search_takes_a_folder_of_collections(place):
+    query = np.random.default_rng(3).standard_normal(DIM)
+    whole, found = search(place / "whole", query, columns=["label"]), search(place / "s", query, columns=["label"])
+    assert ([key.split("/")[1] for key in found.keys], found.columns) == (whole.keys, whole.columns)
+    with pytest.raises(ClipworksError, match="need the rows of one collection; name one of the shards"):
+        search(place / "s", query, diverse=0.5)
+
+
 def test_which_folder_is_sharded(place):
     assert is_sharded(place / "s")
     assert not is_sharded(place / "whole")

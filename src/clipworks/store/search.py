@@ -51,7 +51,8 @@ def search(
 
     Parameters
     ----------
-    collection : a collection or its folder
+    collection : a collection or its folder; or a folder of collections, or an address in an object store, which
+        `shards.search_shards` then searches as one (without expand, rerank and diverse)
     query : words (a string), an image (`pathlib.Path`, bytes, PIL image, uint8 array), a vector of length dim, or a
         list of any of these
     k : number of hits
@@ -81,12 +82,21 @@ def search(
     CollectionError
         If the encoder is not the one that made the collection.
     """
-    opened = Collection.open(collection)
-    asked = make_query(query, image=image, negative=negative, minus=minus, weights=weights)
     check_range("k", k, 1)
     check_range("expand", expand, 0)
     check_range("rerank", rerank, 0)
     check_range("diverse", diverse, 0.0, 1.0)
+    if not isinstance(collection, Collection):
+        from .shards import is_sharded, search_shards
+
+        if is_sharded(collection):
+            if expand or rerank or diverse:
+                raise ClipworksError("expand, rerank and diverse need the rows of one collection; name one of the "
+                                     f"shards in {str(collection)!r}.")  # fmt: skip
+            return search_shards(collection, query, k=k, where=where, encoder=encoder, image=image, negative=negative,
+                                 minus=minus, weights=weights, columns=columns, memory=memory, index=index)  # fmt: skip
+    opened = Collection.open(collection)
+    asked = make_query(query, image=image, negative=negative, minus=minus, weights=weights)
     vector = compose(query_vectors(opened, asked.parts, encoder), asked.weights)
     rows = None if where is None else opened.where(where)
     if expand:
