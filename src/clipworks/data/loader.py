@@ -108,7 +108,7 @@ def _batches(items: Iterable[Item], preprocess: Any, batch_size: int, workers: i
 
     waiting: queue.Queue = queue.Queue(maxsize=2 * batch_size + workers)
     stop = threading.Event()
-    pool = ThreadPoolExecutor(workers, "clipworks-decode", initializer=_alone)
+    pool = ThreadPoolExecutor(workers, "clipworks-decode", initializer=one_core)
     work = (items, preprocess, pool, waiting, stop)
     feeder = threading.Thread(target=_feed, args=work, name="clipworks-feed", daemon=True)
     feeder.start()
@@ -151,7 +151,7 @@ def _batches(items: Iterable[Item], preprocess: Any, batch_size: int, workers: i
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _alone() -> None:
+def one_core() -> None:
     """Keep a decoding thread to one core; teams of OpenMP's threads in each would push the encoder's aside."""
     import torch
 

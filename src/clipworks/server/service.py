@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..data.decode import Limits, decode_pixels
+from ..data.loader import one_core
 from ..errors import BadImage, ClipworksError
 from .batcher import Batcher, Busy, Closed
 from .engine import Ask, Call, Engine, Found, NoEncoder, OutOfMemory, lacks_memory
@@ -69,7 +70,7 @@ class Service:
         self.batcher = Batcher(self.engine.work, max_batch=self.settings.max_batch, max_wait=self.settings.max_wait,
                                max_queue=self.settings.max_queue, idle=self.engine.tidy,
                                observe=self.metrics.batch)  # fmt: skip
-        self.decoders = ThreadPoolExecutor(2, "clipworks-decode")
+        self.decoders = ThreadPoolExecutor(2, "clipworks-decode", initializer=one_core)
         self.readers = ThreadPoolExecutor(2, "clipworks-read")
         self.gallery = Gallery()
         self.stopping = False
