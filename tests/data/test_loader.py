@@ -46,7 +46,8 @@ def numbers(count):
 
 
 def decoding_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("clipworks-") and t.is_alive()]
+    names = ("clipworks-decode", "clipworks-feed")
+    return [t for t in threading.enumerate() if t.name.startswith(names) and t.is_alive()]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])

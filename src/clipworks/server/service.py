@@ -70,7 +70,7 @@ class Service:
         self.batcher = Batcher(self.engine.work, max_batch=self.settings.max_batch, max_wait=self.settings.max_wait,
                                max_queue=self.settings.max_queue, idle=self.engine.tidy,
                                observe=self.metrics.batch)  # fmt: skip
-        self.decoders = ThreadPoolExecutor(2, "clipworks-decode", initializer=one_core)
+        self.decoders = ThreadPoolExecutor(2, "clipworks-pictures", initializer=one_core)
         self.readers = ThreadPoolExecutor(2, "clipworks-read")
         self.gallery = Gallery()
         self.stopping = False
