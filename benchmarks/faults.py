@@ -114,6 +114,8 @@ class Recorder:
         self.parts[report.nodeid].append(report)
         if report.when == "teardown":
             parts = self.parts.pop(report.nodeid)
+            if self.known.get(report.nodeid, {}).get("outcome") == "unfinished":  # its end is ours, and no failure
+                return
             outcomes = [part.outcome for part in parts]
             outcome = next((bad for bad in ("failed", "skipped") if bad in outcomes), "passed")
             injected = sum(value for name, value in report.user_properties if name == "injected")
