@@ -75,7 +75,7 @@ def test_with_an_index(tmp_path):
     facts = json.loads((tmp_path / "s/c/published.json").read_text())
     assert facts["breadth"] == done.breadth == Shard(address).breadth
     both = []
-    for query in vectors[::1000].astype(np.float32):
+    for query in vectors[::100].astype(np.float32):  # others than the 50 that it was measured with, and more
         near, whole = (search_shards(address, query, index=index) for index in ("auto", "exact"))
         assert (whole.keys, whole.scores.tolist()) == (lambda r: (r.keys, r.scores.tolist()))(search(kept, query))
         same = dict(zip(whole.keys, whole.scores.tolist(), strict=True))
