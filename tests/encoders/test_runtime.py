@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -248,6 +249,26 @@ def test_nothing_is_sent_to_the_makers_of_openvino():
     assert sys.modules["openvino_telemetry"] is None
 
 
+@needs_nncf
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_finds_its_stack_after_encoders_are_dropped(exact, photos, tmp_path):
+    """OpenVINO left the main thread a freed one, and Ctrl-C ended the process by SIGSEGV."""
+    path = save(exact, tmp_path / "toy.safetensors")
+    script = """if True:
+        import gc, signal, sys
+        from clipworks import load
+        kept = [load(sys.argv[1], runtime="openvino", precision=p, images=sys.argv[2]) for p in ("int8", "fp32")]
+        while kept:
+            kept.pop(0)
+            gc.collect()
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            print("stopped")"""
+    done = subprocess.run([sys.executable, "-c", script, path, photos], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["stopped"]), done.stderr
+
+
 @needs_openvino
 def test_load_with_a_runtime_measures_it_first(exact, photos, tmp_path):
     path = save(exact, tmp_path / "toy.safetensors")
@@ -315,6 +336,8 @@ def test_the_command(exact, photos, tmp_path, capsys, monkeypatch):
     assert load_export(tmp_path / "fast").precision == "fp32"  # what was there still is
     assert main([*basic, "--overwrite", "--bound", "0.5"]) == 0
     assert "needs collections of its own" in capsys.readouterr().out
+    assert main([*basic, "--overwrite", "--bound", "0.5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chosen"]["precision"] == "int8"  # and nothing of NNCF's beside it
     assert main(["embed", str(photos), "--out", "c", "--encoder", "fast"]) == 0
     assert main(["search", "c", "a cat", "--k", "2"]) == 0
     assert main(["classify", str(photos), "--names", "cat,dog", "--encoder", "fast", "--counts"]) == 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,19 @@ def quantise(path: Path, recipe: str, batches: Sequence[torch.Tensor], out: Path
     if recipe == "careful":
         dense = [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() == "Convolution"]
         options["ignored_scope"] = nncf.IgnoredScope(names=dense[:FIRST], types=["GroupConvolution"])
-    small = nncf.quantize(model, nncf.Dataset([batch.numpy() for batch in batches]), **options)
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+        small = _apart(nncf.quantize, model, nncf.Dataset([batch.numpy() for batch in batches]), **options)
     openvino.save_model(small, out.with_suffix(".xml"), compress_to_fp16=False)
+
+
+def _apart(work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Do what loads OpenVINO's plugin for the processor in a thread of its own.
+
+    The plugin gives the thread that loads it another stack for signals. Two of them that are dropped in the order in
+    which they came leave a stack there that is freed, and the next signal to the main thread ended the process.
+    """
+    with ThreadPoolExecutor(1, "clipworks-openvino") as thread:
+        return thread.submit(work, *args, **options).result()
 
 
 class Session:
@@ -81,7 +94,7 @@ class Session:
         core.set_property({"ENABLE_MMAP": False})
         options = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         try:
-            self._model = core.compile_model(core.read_model(path.with_suffix(".xml")), "CPU", options)
+            self._model = _apart(core.compile_model, core.read_model(path.with_suffix(".xml")), "CPU", options)
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[-1][:200]
             raise ClipworksError(f"{path}: OpenVINO cannot compile it ({reason}).") from error
