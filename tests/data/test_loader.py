@@ -220,11 +220,14 @@ def test_arguments_are_checked_at_the_call():
 
 def test_a_decoding_thread_keeps_to_one_core_and_the_caller_has_all():
     before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        def watched(image, key):
+            seen.append(torch.get_num_threads())
+            return named(image, key)
 
-    def watched(image, key):
-        seen.append(torch.get_num_threads())
-        return named(image, key)
-
-    list(load_batches(numbers(8), watched, 4, 2))
-    assert seen == [1] * 8
-    assert torch.get_num_threads() == before
+        list(load_batches(numbers(8), watched, 4, 2))
+        assert seen == [1] * 8
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

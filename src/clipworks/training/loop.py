@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.loader import available_cores
+from ..data.loader import available_cores, one_core
 from ..errors import ClipworksError, check_choice, check_range
 from ..progress import Progress
 from .augment import Augment, resolve_augment
@@ -195,7 +195,7 @@ def train(
     if micro_batch is not None and not split:
         name = type(recipe).__name__
         raise ClipworksError(f"micro_batch needs a recipe split into features and losses. {name} is not.")
-    pool = ThreadPoolExecutor(workers or available_cores(), "clipworks-decode")
+    pool = ThreadPoolExecutor(workers or available_cores(), "clipworks-decode", initializer=one_core)
     with _quiet_generators(), pool:
         run = Run(
             accelerator, resolve_model(model, seed), recipe, None if out is None else Path(out),
