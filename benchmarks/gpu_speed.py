@@ -40,7 +40,9 @@ def sizes(width: int) -> dict[str, int]:
 
 
 def tower(name: str) -> Encoder:
-    """An encoder of a published shape with random weights."""
+    """The bundled encoder, or one of a published shape with random weights."""
+    if name not in TOWERS:
+        return load(name)
     patch, width, layers, text, dim = TOWERS[name]
     usual = EncoderConfig().to_dict()
     usual["dim"] = dim
@@ -76,14 +78,14 @@ def rates(rows: dict[str, Callable[[], Any]], count: int, turns: int = 5) -> dic
 
 def images(name: str, batch: int) -> dict[str, Any]:
     """Images per second of our tower and of transformers', in fp32 and with weights in bf16."""
-    exact = load() if name == "clipworks-small" else tower(name)
+    exact = tower(name)
     few = torch.randn(8, 3, exact.image_size, exact.image_size, generator=torch.Generator().manual_seed(SEED))
     expected = exact.images(few)
     pixels = few.repeat(-(-batch // 8), 1, 1, 1)[:batch].cuda()
     rows: dict[str, Callable[[], Any]] = {}
     cosines = {}
     for precision in ("fp32", "bf16"):
-        ours = (load() if name == "clipworks-small" else tower(name)).to("cuda").to_precision(precision)
+        ours = tower(name).to("cuda").to_precision(precision)
         cosines[precision] = round(float(F.cosine_similarity(ours.images(few), expected).min()), 7)
         rows[f"clipworks {precision}"] = lambda ours=ours: ours.images(pixels, batch_size=batch)
     if name in TOWERS:
@@ -101,9 +103,9 @@ def images(name: str, batch: int) -> dict[str, Any]:
 
 def texts(name: str, count: int = 4096) -> dict[str, float]:
     """Texts per second, tokenised before."""
-    encoder = (load() if name == "clipworks-small" else tower(name)).to("cuda")
+    encoder = tower(name).to("cuda")
     words = [f"a photo of a {a} and a {b}, number {i}" for i in range(5) for a in WORDS for b in WORDS][:count]
-    half = (load() if name == "clipworks-small" else tower(name)).to("cuda").to_precision("bf16")
+    half = tower(name).to("cuda").to_precision("bf16")
     return rates({"clipworks fp32": lambda: encoder.texts(words, batch_size=1024),
                   "clipworks bf16": lambda: half.texts(words, batch_size=1024)}, len(words), 3)  # fmt: skip
 

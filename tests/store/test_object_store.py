@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from test_shards import DIM, PARTS, ROWS, features
 
 from clipworks.cli.main import main
 from clipworks.errors import ClipworksError, CollectionError
@@ -14,16 +15,6 @@ from clipworks.store.shards import is_sharded, search_shards
 from clipworks.types import Features
 
 pytest.importorskip("fsspec")
-DIM, ROWS = 16, 90
-
-
-def features(rows, dim=DIM, fingerprint="one", count=ROWS):
-    draw = np.random.default_rng(0)
-    vectors = draw.standard_normal((count, dim)).astype(np.float16)
-    vectors[60:70] = vectors[:10]  # twins in other shards
-    labels = np.array([f"class {i % 4}" for i in range(count)])
-    keys = [f"{i:05d}" for i in range(count)]
-    return Features(vectors[rows], [keys[i] for i in rows], labels[rows], None, fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +22,7 @@ def place(tmp_path_factory):
     """A collection, and its rows in three published ones below `address`."""
     place = tmp_path_factory.mktemp("store")
     Collection.create(place / "whole", features=features(np.arange(ROWS)))
-    for name, rows in (("0", np.arange(0, 50)), ("1", np.arange(50, 55)), ("2", np.arange(55, ROWS))):
+    for name, rows in PARTS.items():
         Collection.create(place / name, features=features(rows))
         done = publish(place / name, f"file://{place}/s/{name}")
         assert (done.rows, done.recall) == (len(rows), None)
@@ -112,7 +103,7 @@ def test_damaged_rows_are_not_answered(place, tmp_path):
     assert content.count(stored) == 1
     at = content.index(stored) + 3
     data.write_bytes(content[:at] + bytes([content[at] ^ 2]) + content[at + 1 :])
-    with pytest.raises(CollectionError, match="is damaged: row '00007' does not match its check"):
+    with pytest.raises(CollectionError, match="is damaged: row '07' does not match its check"):
         search_shards(f"file://{tmp_path}/s", np.ones(DIM), k=50)
 
 

@@ -11,6 +11,7 @@ from clipworks.store.shards import is_sharded, search_shards
 from clipworks.types import Features
 
 DIM, ROWS = 16, 90
+PARTS = {"0": np.arange(0, 50), "1": np.arange(50, 55), "2": np.arange(55, ROWS)}  # rows of the shards
 
 
 def features(rows, dim=DIM, fingerprint="one"):
@@ -26,7 +27,7 @@ def features(rows, dim=DIM, fingerprint="one"):
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("shards")
     Collection.create(place / "whole", features=features(np.arange(ROWS)))
-    for name, rows in (("0", np.arange(0, 50)), ("1", np.arange(50, 55)), ("2", np.arange(55, ROWS))):
+    for name, rows in PARTS.items():
         Collection.create(place / "s" / name, features=features(rows))
     (place / "s" / "notes").mkdir()
     (place / "s" / "readme.txt").write_text("")

@@ -312,28 +312,25 @@ class Encoder(nn.Module):
 
         Cached until a weight changes in place or is replaced; after writing through `.data` call `refresh`.
         """
-        state = self.state_dict(keep_vars=True)
-        key = self._state(state)
+        key = self._state()
         if self._hash is None or self._hash[0] != key:
-            self._hash = (key, self._digest(state))
+            self._hash = (key, self._digest(self.state_dict(keep_vars=True)))
         return self._hash[1]
 
     @property
     def source(self) -> str | None:
         """The name or path that `load` read this encoder from; None if it has been changed since, or was made here."""
-        if self._origin is None or self._origin[0] != self._state(self.state_dict(keep_vars=True)):
-            return None
-        return self._origin[1]
+        return None if self._origin is None or self._origin[0] != self._state() else self._origin[1]
 
     def loaded_from(self, source: str) -> Encoder:
         """Remember that `load` gives this very encoder for a name or path."""
-        self._origin = (self._state(self.state_dict(keep_vars=True)), source)
+        self._origin = (self._state(), source)
         return self
 
-    def _state(self, tensors: dict[str, torch.Tensor]) -> tuple:
+    def _state(self) -> tuple:
         """What changes with anything that decides a vector, unless a weight is written through `.data`."""
         return (self.config, self.precision, id(self.tokenizer), self._preprocess_key(), self._structure(),
-                tuple((t.data_ptr(), t._version) for t in tensors.values()))  # fmt: skip
+                tuple((t.data_ptr(), t._version) for t in self.state_dict(keep_vars=True).values()))  # fmt: skip
 
     def refresh(self) -> str:
         """Compute the fingerprint anew."""

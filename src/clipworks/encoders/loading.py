@@ -85,7 +85,7 @@ def load(
     exported = path.is_dir() and (path / EXPORT).is_file()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not exported else "cpu"
-        runtime = runtime or ("auto" if device == "cpu" and images is not None and not exported else None)
+        runtime = runtime or ("auto" if device == "cpu" and images is not None else None)
     place = _device(device, named_by)
     if exported:
         return _exported(path, place, precision, sha256, image_size, runtime)

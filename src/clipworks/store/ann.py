@@ -196,7 +196,7 @@ class Ivf(Faiss):
         return _owning(index, coarse, plan.seed)
 
     def efforts(self) -> Iterator[Effort]:
-        for breadth in _doubling(1, min(self.index.nlist, 256)):
+        for breadth in doubling(1, min(self.index.nlist, 256)):
             yield Effort(breadth, 4)
 
     def parameters(self, count: int, breadth: int) -> Any:
@@ -218,7 +218,7 @@ class Pq(Ivf):
         return _owning(index, coarse, plan.seed)
 
     def efforts(self) -> Iterator[Effort]:
-        for breadth in _doubling(1, min(self.index.nlist, 256)):
+        for breadth in doubling(1, min(self.index.nlist, 256)):
             yield Effort(breadth, min(200, max(10, 2 * breadth)))
 
 
@@ -237,7 +237,7 @@ class Hnsw(Faiss):
         return index
 
     def efforts(self) -> Iterator[Effort]:
-        for breadth in _doubling(16, 1024):
+        for breadth in doubling(16, 1024):
             yield Effort(breadth, 4)
 
     def parameters(self, count: int, breadth: int) -> Any:
@@ -290,7 +290,7 @@ class Lance(Kind):
         raise ClipworksError("an index of LanceDB is built anew, not extended.")
 
     def efforts(self) -> Iterator[Effort]:
-        for breadth in _doubling(1, min(_lance_cells(self.table.count_rows()), 128)):
+        for breadth in doubling(1, min(_lance_cells(self.table.count_rows()), 128)):
             yield Effort(breadth, 4)
 
     def search(self, queries: np.ndarray, count: int, breadth: int, allowed: np.ndarray | None) -> np.ndarray:
@@ -322,7 +322,8 @@ def _owning(index: Any, coarse: Any, seed: int) -> Any:
     return index
 
 
-def _doubling(low: int, high: int) -> Iterator[int]:
+def doubling(low: int, high: int) -> Iterator[int]:
+    """From `low` twice as many each time, and `high` at last."""
     while low < high:
         yield low
         low *= 2

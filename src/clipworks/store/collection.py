@@ -248,9 +248,7 @@ class Collection:
         try:
             found = table.search().where(condition).select(["key"]).limit(None).to_arrow()["key"].to_pylist()
         except (ValueError, RuntimeError) as error:
-            names = ", ".join(self.columns)
-            reason = f"Got {condition!r}: {str(error).splitlines()[0][:200]}"
-            raise ClipworksError(f"where must be a condition on the columns {names}. {reason}") from error
+            raise wrong_condition(condition, self.columns, error) from error
         if strange := [key for key in found if key not in self.rows_by_key]:
             raise damaged(self.path, {TABLE: f"has a row {strange[0]!r} that was never written"})
         return np.sort(np.array([self.rows_by_key[key] for key in found], dtype=np.int64))
@@ -277,6 +275,12 @@ def condition_of(given: str | Mapping[str, Any], columns: Mapping[str, str]) -> 
     for name in given:
         check_choice("where", name, columns)
     return " AND ".join(_equals(name, value) for name, value in given.items()) or "TRUE"
+
+
+def wrong_condition(condition: str, columns: Mapping[str, str], error: Exception) -> ClipworksError:
+    """The error for a condition that LanceDB does not take."""
+    reason = f"Got {condition!r}: {str(error).splitlines()[0][:200]}"
+    return ClipworksError(f"where must be a condition on the columns {', '.join(columns)}. {reason}")
 
 
 def _equals(name: str, value: Any) -> str:

@@ -36,8 +36,9 @@ def describe(encoder: Encoder, source: str | None = None) -> dict[str, Any]:
 
 def recorded(encoder: Encoder, source: str | None = None) -> dict[str, Any]:
     """As `describe`, with the SHA-256 of the weights file that was loaded by name: for a new collection."""
-    path = weights_file(source or getattr(encoder, "source", None))
-    return describe(encoder, source) | ({} if path is None else {"weights": sha256(path)})
+    made = describe(encoder, source)
+    path = weights_file(made["source"])
+    return made | ({} if path is None else {"weights": sha256(path)})
 
 
 def weights_file(source: str | None) -> Path | None:

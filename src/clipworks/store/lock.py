@@ -32,11 +32,8 @@ class WriterLock:
         except OSError as error:
             place = str(self.path.parent)
             raise CollectionError(f"collection {place!r} cannot be written: {error.strerror}.") from error
-        if not self._taken(stream):
-            who = owner(self.path.parent)
-            while who is None and not self._taken(stream):  # it was given back before its owner could be named
-                who = owner(self.path.parent)
-            if who is not None:
+        while not self._taken(stream):
+            if who := owner(self.path.parent):  # else it was given back before its owner could be named
                 stream.close()
                 raise CollectionError(
                     f"collection {str(self.path.parent)!r} is being written by {who}. "

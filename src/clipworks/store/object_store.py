@@ -23,13 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
 
 from ..errors import ClipworksError, CollectionError, check_choice, check_range, need
-from .collection import Collection, condition_of
+from .collection import Collection, condition_of, wrong_condition
 from .journal import TABLE
 from .table import INTERNAL, bad_rows, open_table, read_meta, scan, vectors_of
 
@@ -63,7 +63,7 @@ class Published:
         return f"{self.address}: {self.rows:,} rows, {index}"
 
 
-def is_address(place: Any) -> bool:
+def is_address(place: Any) -> TypeGuard[str]:
     """Whether it names a place in an object store: it begins with a protocol."""
     return isinstance(place, str) and "://" in place
 
@@ -121,6 +121,7 @@ def _index(table: Any, opened: Collection, done: Published, least: float) -> Non
     """Build LanceDB's index and find how many of its cells must be looked at."""
     from lancedb.index import IvfSq
 
+    from .ann import doubling
     from .search import nearest
 
     cells = max(1, min(round(done.rows**0.5), done.rows // 2048))
@@ -128,15 +129,14 @@ def _index(table: Any, opened: Collection, done: Published, least: float) -> Non
     chosen = np.random.default_rng(0).choice(done.rows, min(ASKED, done.rows), replace=False)
     queries = np.asarray(opened.vectors[np.sort(chosen)], np.float32)
     exact = nearest(opened, queries, 10, index="exact")[1]
-    shard, done.breadth = Shard(done.address, table=table), 1
-    while True:
-        shard.breadth = done.breadth
+    there = [{opened.keys[row] for row in rows} for rows in exact]
+    shard = Shard(done.address, table=table)
+    for breadth in doubling(1, cells):
+        shard.breadth = done.breadth = breadth
         found = [{key for _, key, _ in shard.hits(query, 10)} for query in queries]
-        there = [{opened.keys[row] for row in rows} for rows in exact]
         done.recall = float(np.mean([len(a & b) / len(b) for a, b in zip(found, there, strict=True)]))
-        if done.recall >= least or done.breadth >= cells:
+        if done.recall >= least:
             return
-        done.breadth = min(cells, 2 * done.breadth)
 
 
 class Shard:
@@ -188,6 +188,8 @@ class Shard:
             check_choice("columns", name, self.columns)
         if index == "lance" and not self.breadth:
             raise ClipworksError(f"index 'lance' was not built when {self.path!r} was published.")
+        if not self.rows:
+            return []
         condition = None if where is None else condition_of(where, self.columns)
         quick = self.breadth > 0 and index != "exact"
         wanted = min(self.rows, 2 * k + (16 if quick else 48))
@@ -209,9 +211,6 @@ class Shard:
     def _ask(self, query: np.ndarray, count: int, condition: str | None, quick: bool, columns: Sequence[str]) -> Any:
         """The `count` rows that LanceDB finds nearest, each compared with its check."""
         names = list(dict.fromkeys([*CHECKED, *columns, "_distance"]))
-        if not count:
-            return pa.table({name: pa.array([]) for name in names}).set_column(
-                names.index("vector"), "vector", pa.array([], self.table.schema.field("vector").type))  # fmt: skip
         with _reached(self.path):
             asked: Any = self.table.search(query, vector_column_name="vector")
             asked = asked.distance_type("dot").limit(count)
@@ -222,10 +221,7 @@ class Shard:
             except (ValueError, RuntimeError) as error:
                 if condition is None:
                     raise
-                reason = f"Got {condition!r}: {str(error).splitlines()[0][:200]}"
-                raise ClipworksError(
-                    f"where must be a condition on the columns {', '.join(self.columns)}. {reason}"
-                ) from error
+                raise wrong_condition(condition, self.columns, error) from error
         if bad := bad_rows(found, self.dim):
             raise CollectionError(f"collection {self.path!r} is damaged: row {found['key'][bad[0]].as_py()!r} does "
                                   "not match its check. Publish it again.")  # fmt: skip
@@ -242,9 +238,9 @@ def published(address: str) -> list[Shard]:
     """
     address = address.rstrip("/")
     with _reached(address):
-        system, place = need("fsspec", "scale").core.url_to_fs(address)
         if _exists(address):
             return [Shard(address)]
+        system, place = _place(address)
         folders = sorted(entry["name"] for entry in system.ls(place, detail=True) if entry["type"] == "directory")
         names = [name.rstrip("/").rpartition("/")[2] for name in folders]
         places = [f"{address}/{name}" for name in names if not name.startswith(".") and _exists(f"{address}/{name}")]
@@ -262,18 +258,23 @@ def together(work: Any, many: Sequence[Any]) -> Iterator[Any]:
 # -- the files beside the table ----------------------------------------------------------------------------------
 
 
+def _place(address: str) -> tuple[Any, str]:
+    """The file system of fsspec that an address belongs to, and the path in it."""
+    return need("fsspec", "scale").core.url_to_fs(address)
+
+
 def _exists(address: str) -> bool:
-    system, place = need("fsspec", "scale").core.url_to_fs(address)
+    system, place = _place(address)
     return bool(system.exists(f"{place}/{TABLE}/_versions"))
 
 
 def _write(address: str, facts: dict[str, Any]) -> None:
-    system, place = need("fsspec", "scale").core.url_to_fs(address)
+    system, place = _place(address)
     system.pipe_file(f"{place}/{FACTS}", json.dumps(facts).encode())
 
 
 def _read(address: str) -> dict[str, Any]:
-    system, place = need("fsspec", "scale").core.url_to_fs(address)
+    system, place = _place(address)
     if not system.exists(f"{place}/{FACTS}"):
         return {}
     facts = json.loads(system.cat_file(f"{place}/{FACTS}"))

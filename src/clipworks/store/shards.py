@@ -82,7 +82,7 @@ def search_shards(
     check_range("k", k, 1)
     asked = make_query(query, image=image, negative=negative, minus=minus, weights=weights)
     shards: Iterator[Collection | Shard]
-    shards = iter(published(str(folder))) if is_address(folder) else map(Collection, _shards(Path(folder)))
+    shards = iter(published(folder)) if is_address(folder) else map(Collection, _shards(Path(folder)))
     first: Any = next(shards, None)
     if first is None:
         raise CollectionError(f"there is no collection in {str(folder)!r}.")
