@@ -26,8 +26,8 @@ import pyarrow as pa
 
 from ..errors import ClipworksError, need
 
-LINKS = 16  # neighbours of an entry in the graph, twice as many on its ground floor
-BREADTH = 64  # entries looked at for each while the graph is built
+LINKS = 32  # neighbours of an entry in the graph, twice as many on its ground floor
+BREADTH = 128  # entries looked at for each while the graph is built
 POINTS = 64  # training rows per cell, as many as faiss advises at least (39) and some more
 FILE, TABLE = "index.faiss", "entries"
 
