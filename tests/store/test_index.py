@@ -109,24 +109,30 @@ def test_the_index_is_what_answers(whole, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw", "pq"])
 def test_recall_is_that_of_an_independent_count(whole, kind):
-    """Held-out rows ask for others like them; what the index proposes is compared with a sort of all products."""
+    """What the index proposes for vectors beside held-out rows is compared with a sort of all products."""
     opened = Collection.open(whole)
     index = usable(opened, kind)
-    vectors = opened.vectors.astype(np.float64)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     held = np.sort(np.random.default_rng(0).choice(ROWS, building.QUERIES, replace=False))
     hits = 0
-    for row in held:
-        scores = vectors @ vectors[row]
-        scores[row] = -9
-        best = set(np.argsort(-scores)[:10].tolist())
-        near = index.kind.search(
-            vectors[row : row + 1].astype(np.float32), 10 * index.facts["candidates"], index.facts["breadth"], None
-        )
+    for query in building.unseen(opened, held):
+        best = set(np.argsort(-(opened.vectors.astype(np.float64) @ query))[:10].tolist())
+        near = index.kind.search(query[None], 10 * index.facts["candidates"], index.facts["breadth"], None)
         hits += len(best & set(near[0].tolist()))
     assert index.facts["recall"] == pytest.approx(hits / (10 * len(held)), abs=2e-3)
     assert index.facts["recall"] >= 0.98
     assert index.facts["recall_words"] is None
+
+
+def test_what_an_index_is_tried_on_is_as_near_as_the_nearest_row(whole):
+    opened, rows = Collection.open(whole), np.array([0, 5, 1999])
+    vectors = opened.vectors.astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    asked = building.unseen(opened, rows, seed=3)
+    np.testing.assert_allclose(np.linalg.norm(asked, axis=1), 1, atol=1e-5)
+    for query, row in zip(asked, rows, strict=True):
+        others = np.delete(vectors @ vectors[row], row)
+        assert vectors[row] @ query == pytest.approx(others.max(), abs=1e-3)
+    assert not np.allclose(asked, building.unseen(opened, rows, seed=4), atol=0.1)
 
 
 def test_held_out_rows_are_not_trained_on_and_memory_is_kept(whole, monkeypatch):

@@ -27,7 +27,7 @@ from .table import INDEXES, translated
 
 LEAST = 1_000  # rows below which no index is built
 MEMORY = 2 << 30
-QUERIES, K = 200, 10  # held-out rows whose recall at K is measured
+QUERIES, K = 200, 10  # rows that are not trained on, beside which recall at K is measured
 
 
 @dataclass
@@ -39,7 +39,8 @@ class IndexReport:
     path, kind : the collection and the kind of index
     rows : rows that the index covers
     done : "built", "extended" or "up to date"
-    recall : share of the exact ten best that it finds, for rows that it was not trained on
+    recall : share of the exact ten best that it finds, for queries as near to rows that it was not trained on as
+        those rows are to each other
     recall_words : the same for words; None where the encoder of the collection cannot be loaded
     ms, exact_ms : milliseconds per query, one at a time, with the index and exactly
     breadth, candidates : how hard it looks (see `ann.Effort`)
@@ -84,8 +85,8 @@ def build_index(
 
     The exact search needs none; an index pays from some millions of rows on, or for many queries to a process that
     keeps the collection open. It looks as hard as it must for the recall that is asked for, which is measured against
-    the exact search: for rows that it was not trained on, and for words (captions of the collection where it has
-    some, common things and places where not), which are harder, since they lie farther away.
+    the exact search: for vectors that are in no row (see `unseen`), and for words (captions of the collection where it
+    has some, common things and places where not), which are harder, since they lie farther away.
 
     Parameters
     ----------
@@ -206,7 +207,7 @@ def _write(
         row_of, built = np.concatenate([former.cover.row_of, former.cover.fresh]), former.kind
         built.extend(folder, blocks(opened.vectors, former.cover.fresh, block))
     write_covered(folder, opened, row_of)
-    measured = _measure(opened, built, row_of, held, recall)
+    measured = _measure(opened, built, row_of, unseen(opened, held, seed), recall)
     facts = {"format": FORMAT, "kind": kind, "version": opened.version, "dim": opened.dim, "rows": len(opened),
              "seed": seed, "asked": recall, **measured}  # fmt: skip
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
@@ -221,39 +222,55 @@ def blocks(vectors: np.ndarray, rows: np.ndarray | None, height: int) -> Iterato
         yield np.ascontiguousarray(vectors[chosen], np.float32)
 
 
+def unseen(opened: Collection, rows: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Queries as from images that are in no row: `rows` turned at random, each until it is as near as its nearest.
+
+    The rows themselves would be too easy: where they lie the index was made for them.
+
+    Returns
+    -------
+    (len(rows), dim) float32 of unit length
+    """
+    vectors = _unit(opened.vectors[rows])
+    scores, near = top_k(opened.vectors, vectors, 2, norm=opened.norm)
+    cosine = np.clip(np.where(near[:, 0] == rows, scores[:, 1], scores[:, 0]), 0, 1)[:, None]
+    aside = np.random.default_rng(seed).standard_normal(vectors.shape, dtype=np.float32)
+    aside = _unit(aside - (aside * vectors).sum(1, keepdims=True) * vectors)
+    return cosine * vectors + np.sqrt(1 - cosine**2) * aside
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.asarray(vectors, np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
 @dataclass
 class _Trial:
     """Queries with the score that a row needs to be among the exact ten best."""
 
     queries: np.ndarray
     least: np.ndarray
-    own: np.ndarray  # the row that asks, which finds itself and is not counted; -1 for words
 
     @classmethod
-    def of(cls, opened: Collection, queries: np.ndarray, own: np.ndarray) -> _Trial:
-        queries = np.asarray(queries, np.float32)
-        queries /= np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
-        scores, rows = top_k(opened.vectors, queries, K + 1, norm=opened.norm)
-        least = [s[r != mine][:K][-1] for s, r, mine in zip(scores, rows, own, strict=True)]
-        return cls(queries, np.array(least), own)
+    def of(cls, opened: Collection, queries: np.ndarray) -> _Trial:
+        queries = _unit(queries)
+        return cls(queries, top_k(opened.vectors, queries, K, norm=opened.norm)[0][:, -1])
 
     def recall(self, opened: Collection, kind: Any, row_of: np.ndarray, effort: Any) -> float:
         """Share of the exact ten best that are found at an effort."""
         allowed, hits = row_of >= 0 if (row_of < 0).any() else None, 0
-        for query, least, own in zip(self.queries, self.least, self.own, strict=True):
+        for query, least in zip(self.queries, self.least, strict=True):
             near = kind.search(query[None], K * effort.candidates, effort.breadth, allowed)[0]
             near = row_of[near[near >= 0]]
-            exact = (np.asarray(opened.vectors[near[near != own]], np.float32) * query).sum(1)
+            exact = (np.asarray(opened.vectors[near], np.float32) * query).sum(1)
             hits += min(K, int((exact >= least - 1e-6).sum()))
         return hits / (K * len(self.queries))
 
 
-def _measure(opened: Collection, kind: Any, row_of: np.ndarray, held: np.ndarray, recall: float) -> dict[str, Any]:
+def _measure(opened: Collection, kind: Any, row_of: np.ndarray, images: np.ndarray, recall: float) -> dict[str, Any]:
     """The least effort that reaches a recall, or else the one with the best, with what it costs."""
-    trials = [_Trial.of(opened, opened.vectors[held], held)]
     words = _words(opened)
-    if words is not None:
-        trials.append(_Trial.of(opened, words, np.full(len(words), -1)))
+    trials = [_Trial.of(opened, queries) for queries in (images, words) if queries is not None]
     best: dict[str, Any] = {}
     for effort in kind.efforts():
         started = time.perf_counter()
@@ -263,12 +280,12 @@ def _measure(opened: Collection, kind: Any, row_of: np.ndarray, held: np.ndarray
             best = {"found": found, "ms": ms, "breadth": effort.breadth, "candidates": effort.candidates}
         if min(found) >= recall:
             break
-    images, *words = best.pop("found")
+    found, *of_words = best.pop("found")
     started = time.perf_counter()
     for query in trials[0].queries[:10]:
         top_k(opened.vectors, query[None], K, norm=opened.norm)
     exact_ms = (time.perf_counter() - started) * 1e3 / len(trials[0].queries[:10])
-    return {**best, "recall": images, "recall_words": words[0] if words else None, "exact_ms": exact_ms}
+    return {**best, "recall": found, "recall_words": of_words[0] if of_words else None, "exact_ms": exact_ms}
 
 
 def _words(opened: Collection) -> np.ndarray | None:

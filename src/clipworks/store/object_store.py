@@ -122,12 +122,13 @@ def _index(table: Any, opened: Collection, done: Published, least: float) -> Non
     from lancedb.index import IvfSq
 
     from .ann import doubling
+    from .index import unseen
     from .search import nearest
 
     cells = max(1, min(round(done.rows**0.5), done.rows // 2048))
     table.create_index("vector", config=IvfSq(distance_type="dot", num_partitions=cells, max_iterations=10))
     chosen = np.random.default_rng(0).choice(done.rows, min(ASKED, done.rows), replace=False)
-    queries = np.asarray(opened.vectors[np.sort(chosen)], np.float32)
+    queries = unseen(opened, np.sort(chosen))
     exact = nearest(opened, queries, 10, index="exact")[1]
     there = [{opened.keys[row] for row in rows} for rows in exact]
     shard = Shard(done.address, table=table)
