@@ -253,12 +253,13 @@ def test_tokens(place, count):
     guard = application(place, token=TOKEN)
     client = TestClient(guard, base_url="http://127.0.0.1", raise_server_exceptions=False)
     seen = set()
-    near = edits(TOKEN.encode(), 2).filter(lambda t: t.strip() != TOKEN.encode())
+    shown = edits(TOKEN.encode(), 2).map(lambda t: bytes(b for b in t if b >= 32 and b != 127))
+    near = shown.filter(lambda t: t.strip() != TOKEN.encode())
     heads = st.tuples(st.sampled_from([b"Bearer ", b"bearer", b"Basic ", b"", b"Bearer  Bearer "]),
                       near | st.just(b"") | st.just(guard.cookie().encode()))  # fmt: skip
 
     def work(given):
-        value = bytes(b for b in b"".join(given) if b >= 32 and b != 127)
+        value = b"".join(given)
         for name in ("authorization", "cookie"):
             answer = client.get("/collection", headers={name: value if name != "cookie" else b"clipworks=" + value})
             right = name == "cookie" and value == guard.cookie().encode()
