@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ClipworksError, CollectionError, MissingExtra, check_choice, check_range, need
+from ..zeroshot.sentences import unit
 from . import derived
 from .collection import Collection
 from .cover import write_covered
@@ -231,17 +232,12 @@ def unseen(opened: Collection, rows: np.ndarray, seed: int = 0) -> np.ndarray:
     -------
     (len(rows), dim) float32 of unit length
     """
-    vectors = _unit(opened.vectors[rows])
+    vectors = unit(np.asarray(opened.vectors[rows], np.float32))
     scores, near = top_k(opened.vectors, vectors, 2, norm=opened.norm)
-    cosine = np.clip(np.where(near[:, 0] == rows, scores[:, 1], scores[:, 0]), 0, 1)[:, None]
+    cosine = np.clip(np.where(near[:, 0] == rows, scores[:, -1], scores[:, 0]), 0, 1)[:, None]
     aside = np.random.default_rng(seed).standard_normal(vectors.shape, dtype=np.float32)
-    aside = _unit(aside - (aside * vectors).sum(1, keepdims=True) * vectors)
+    aside = unit(aside - (aside * vectors).sum(1, keepdims=True) * vectors)
     return cosine * vectors + np.sqrt(1 - cosine**2) * aside
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 @dataclass
@@ -253,7 +249,7 @@ class _Trial:
 
     @classmethod
     def of(cls, opened: Collection, queries: np.ndarray) -> _Trial:
-        queries = _unit(queries)
+        queries = unit(np.asarray(queries, np.float32))
         return cls(queries, top_k(opened.vectors, queries, K, norm=opened.norm)[0][:, -1])
 
     def recall(self, opened: Collection, kind: Any, row_of: np.ndarray, effort: Any) -> float:
